@@ -399,12 +399,12 @@ def tape(watch: bool = False) -> Iterator[Cuda]:
     cuda = Cuda()
     if_wanted = StepGraphs.if_wanted.__func__
 
-    def on_cpu(cls: Any, wanted: str, device: Any, generate: Any, learn: Any, updates: Any) -> Any:
-        for update in updates:
+    def on_cpu(cls: Any, wanted: str, device: Any, generate: Any, learn: Any, learners: Any) -> Any:
+        for update in [learner.update for learner in learners]:
             # As on CUDA, where learning rates lie on the device.
             if update.optimizer.defaults.get("fused"):
                 update.rates = [torch.zeros(()) for _ in update.rates]
-        return if_wanted(cls, wanted, torch.device("cuda"), generate, learn, updates)
+        return if_wanted(cls, wanted, torch.device("cuda"), generate, learn, learners)
 
     def search(self: VQGAN) -> CodebookSearch:
         # As on CUDA, where the values of the codebook are not compared at every call.

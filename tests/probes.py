@@ -5,6 +5,7 @@ import torch
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
 from dad_fast.data.sources.registry import open_source
 from dad_fast.engine.build import Builder
+from dad_fast.engine.lockstep import Lockstep
 from dad_fast.engine.trainer import Trainer
 from dad_fast.methods.settings import resolve
 from dad_fast.models.load_teacher import load_teacher
@@ -46,7 +47,7 @@ def trained(cfg, folder, resume="", builder=BUILDER, change=None):
         change(made)
     trainer = Trainer(cfg, made, folder, "test", resume)
     trainer.start()
-    trainer.train()
+    Lockstep([trainer]).train()
     return trainer
 
 

@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,9 @@ class CheckpointFolder:
         state: dict[str, Any],
         write_model: Callable[[Path], None],
         best: bool,
+        prune: bool = True,
     ) -> Path:
-        """Write `step-N`, link `latest` (and `best`) to it, and delete all but the `keep` latest
-        and the best.
+        """Write `step-N` and link `latest` (and `best`) to it; `prune` if asked for.
 
         Raises a one-line error if the disk fails; the previous checkpoint is whole then.
         """
@@ -99,7 +100,8 @@ class CheckpointFolder:
             self._link("latest", final.name)
             if best:
                 self._link("best", final.name)
-            self._prune(step)
+            if prune:
+                self.prune(step)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             fix = "resume with --resume auto: the checkpoint before is whole"
@@ -108,6 +110,32 @@ class CheckpointFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         return final
+
+    def prune(self, saved: int, protected: int | None = None) -> None:
+        """Delete all but the `keep` latest checkpoints, the best and that of step `protected`.
+
+        Those of the future of another run go too, and what a killed process left unfinished: after
+        a resume from step N, checkpoints of later steps belong to the run before it. saved: the
+        step of the last `save`.
+        """
+        best = os.path.realpath(self.root / "best")
+        found = self._newest_first()
+        abandoned = []
+        if self._loaded is not None:
+            abandoned = [path for path in found if _step(path) > max(self._loaded, saved)]
+        covered = [path for path in found if path not in abandoned][: self.keep]
+        covered += [path for path in found if _step(path) == protected]
+        for path in found:
+            if path in abandoned or (path not in covered and os.path.realpath(path) != best):
+                # Renamed first: a partly deleted checkpoint must not look like one.
+                gone = self.root / f".{path.name}.gone"
+                shutil.rmtree(gone, ignore_errors=True)
+                path.rename(gone)
+        for suffix in ("tmp", "old", "gone"):
+            for torn in self.root.glob(f".step-*.{suffix}"):
+                shutil.rmtree(torn, ignore_errors=True)
+        if (self.root / "best").is_symlink() and not (self.root / "best").exists():
+            (self.root / "best").unlink()
 
     def load(self, path: str, log: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest undamaged checkpoint (`path` = "auto"; None if there is none), or the one
@@ -122,11 +150,7 @@ class CheckpointFolder:
                 f"--resume {path}: no such file or folder; name a run's folder RUN or "
                 "RUN/checkpoints/step-N, or write --resume auto"
             )
-        # Left by a process that was killed between the two renames of `save`.
-        for aside in self.root.glob(".step-*.old"):
-            final = self.root / aside.name[1:].removesuffix(".old")
-            if not final.exists():
-                aside.rename(final)
+        self._finish_renames()
         if path == "auto":
             found = self._newest(log)
         elif (Path(path) / "checkpoints").is_dir():
@@ -136,8 +160,25 @@ class CheckpointFolder:
             found = self._read(Path(path))
         if found is not None:
             self._loaded = found.state["step"]
-            self._best = found.path if found.state["best"] else None
+            self._best = found.path if found.state["best"] else self._best_before(self._loaded)
         return found
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, sound or not, the newest first."""
+        self._finish_renames()
+        return [_step(path) for path in self._newest_first()]
+
+    def is_sound(self, step: int, log: Callable[[str], None]) -> bool:
+        """Read the checkpoint of a step. `log` gets a line if it is damaged."""
+        try:
+            self._read(self.path_of(step))
+        except DataError as error:
+            log(f"{error}; trying the checkpoint before it")
+            return False
+        return True
+
+    def path_of(self, step: int) -> Path:
+        return self.root / f"step-{step}"
 
     def best_step(self) -> int | None:
         """Return the step of the best checkpoint, or None before the first validation."""
@@ -145,15 +186,32 @@ class CheckpointFolder:
         return _step(best.resolve()) if best.exists() else None
 
     def settle(self) -> None:
-        """Finish an interrupted `save` before the run resumes: update the links, delete old
-        checkpoints.
+        """Finish an interrupted `save` before the run resumes: update the links, delete checkpoints
+        that are old or later than the one that the run resumes from.
         """
         if self._best is not None and self._best.resolve().parent == self.root.resolve():
             self._link("best", self._best.resolve().name)
-        newest = next(iter(self._newest_first()), None)
-        if newest is not None and _step(newest) == self._loaded:
-            self._link("latest", newest.name)
-            self._prune(self._loaded)
+        if self._loaded is not None and self.path_of(self._loaded).is_dir():
+            self._link("latest", self.path_of(self._loaded).name)
+            self.prune(self._loaded)
+
+    def _best_before(self, step: int) -> Path | None:
+        """Return the best checkpoint up to a step if the link `best` leads beyond it."""
+        linked = self.best_step()
+        if linked is None or linked <= step:
+            return None
+        for path in self._newest_first():
+            with suppress(OSError, ValueError, KeyError):
+                if _step(path) < step and json.loads((path / STATE).read_text())["best"]:
+                    return path
+        return None
+
+    def _finish_renames(self) -> None:
+        """Restore what a process that was killed between the two renames of `save` put aside."""
+        for aside in self.root.glob(".step-*.old"):
+            final = self.root / aside.name[1:].removesuffix(".old")
+            if not final.exists():
+                aside.rename(final)
 
     def _newest(self, log: Callable[[str], None]) -> Checkpoint | None:
         damaged = ""
@@ -210,30 +268,6 @@ class CheckpointFolder:
         temporary.symlink_to(target)
         os.replace(temporary, self.root / name)
         sync(self.root)
-
-    def _prune(self, saved: int) -> None:
-        """Delete old checkpoints, those of the future of another run, and those that a killed
-        process left unfinished.
-
-        After a resume from step N, checkpoints of later steps belong to the run before it.
-        """
-        best = os.path.realpath(self.root / "best")
-        found = self._newest_first()
-        abandoned = []
-        if self._loaded is not None:
-            abandoned = [path for path in found if _step(path) > max(self._loaded, saved)]
-        covered = [path for path in found if path not in abandoned][: self.keep]
-        for path in found:
-            if path in abandoned or (path not in covered and os.path.realpath(path) != best):
-                # Renamed first: a partly deleted checkpoint must not look like one.
-                gone = self.root / f".{path.name}.gone"
-                shutil.rmtree(gone, ignore_errors=True)
-                path.rename(gone)
-        for suffix in ("tmp", "old", "gone"):
-            for torn in self.root.glob(f".step-*.{suffix}"):
-                shutil.rmtree(torn, ignore_errors=True)
-        if (self.root / "best").is_symlink() and not (self.root / "best").exists():
-            (self.root / "best").unlink()
 
     def _newest_first(self) -> list[Path]:
         found = (path for path in self.root.glob("step-*") if path.name[5:].isdecimal())

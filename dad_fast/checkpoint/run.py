@@ -24,13 +24,13 @@ class TrainRun(Protocol):
     monitor: Any  # Monitor: meter, advice, unreadable files
     clock: Any
     log: Any
-    writer: Any
     checkpoints: Any
     next_step: int
     best_top1: float
     best_epoch: float
     validation_due: bool
     worst_streak: Tensor
+    shared_by: int  # the most runs that it shared its batches with, itself included
     notes: list[str]
 
     def model_file(self) -> tuple[dict[str, Any], dict[str, str]]:

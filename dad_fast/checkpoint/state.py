@@ -9,9 +9,9 @@ dropout from new seeds.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,20 @@ from dad_fast.checkpoint.folder import (
 )
 from dad_fast.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from dad_fast.checkpoint.run import TrainRun
+from dad_fast.checkpoint.writer import Writer
 from dad_fast.config import to_toml
 from dad_fast.config.schema import OptimConfig
 from dad_fast.distributed import process_group as distributed
 from dad_fast.errors import DataError, UsageError
 from dad_fast.keyed_random import sample_seeds
 from dad_fast.models.weights.files import write_safetensors
+
+
+class Save(NamedTuple):
+    """A state to write: the checkpoint, and then the deletion of old ones."""
+
+    write: Callable[[], None]
+    prune: Callable[[int | None], None]
 
 
 def seed_generators(seed: int, step: int = 0) -> None:
@@ -72,6 +80,7 @@ def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "best_epoch": run.best_epoch,
         "validation_due": run.validation_due,
         "train_seconds": run.clock.total,
+        "shared_by": run.shared_by,
         "metrics_offset": run.log.offset() if distributed.is_main() else 0,
         "bad_images": run.monitor.gathered_bad_images(),
         "failed_over": sum(distributed.all_gather_json(run.loader.failed_over)),
@@ -79,26 +88,41 @@ def run_state(run: TrainRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
-def save(run: TrainRun, best: bool) -> None:
-    """Save a checkpoint of this moment; a thread writes it while training continues, after the one
-    before.
-    """
+def take(run: TrainRun, best: bool) -> Save | None:
+    """Copy the state of this moment. Returns how to write it, in the first process. A collective."""
     tensors, state = run_state(run)
     model, metadata = run.model_file()
     if not distributed.is_main():
-        return
-    run.monitor.advice.on_write(run.writer.wait(), run.log.say)
+        return None
     tensors, model = snapshot(tensors, model)
     step = run.next_step
 
     def write() -> None:
         # First, because the checkpoint records the length of the log.
         run.log.sync()
-        run.checkpoints.save(
-            step, tensors, state, lambda path: write_safetensors(path, model, metadata), best
-        )
+        files = tensors, state, lambda path: write_safetensors(path, model, metadata)
+        run.checkpoints.save(step, *files, best, prune=False)
 
-    run.writer.submit(write)
+    def prune(protected: int | None) -> None:
+        run.checkpoints.prune(step, protected)
+
+    return Save(write, prune)
+
+
+def write(saves: Sequence[Save], writer: Writer, protected: int | None) -> None:
+    """Write checkpoints in the thread of `writer`, after those before, while training continues.
+
+    protected: a step that no run deletes. Old checkpoints are deleted after the last one is
+    written, so that a kill leaves a step of which every run has a checkpoint.
+    """
+
+    def work() -> None:
+        for one in saves:
+            one.write()
+        for one in saves:
+            one.prune(protected)
+
+    writer.submit(work)
 
 
 def load_for_all(
@@ -198,6 +222,7 @@ def _restore(run: TrainRun, found: Checkpoint, allow_config_change: bool) -> Non
     run.best_epoch = float(state.get("best_epoch", 0.0))
     run.validation_due = state["validation_due"]
     run.clock.total = state["train_seconds"]
+    run.shared_by = int(state.get("shared_by", 1))
     run.loader.replaced[:] = state["bad_images"]
     run.monitor.bad_images = set(state["bad_images"])
     run.loader.failed_over = state["failed_over"] if distributed.is_main() else 0

@@ -1,4 +1,5 @@
-"""The step as CUDA graphs: gradients (with generation) and updates, captured once and replayed.
+"""The step as CUDA graphs: for each learner its gradients and its update, captured once and
+replayed. The gradients of the first learner come with the generation.
 
 The first steps run plainly, on a side stream: they are real steps, and they warm up what may not
 happen during a capture (cuBLAS, autotuning, compilation, the optimizer's state). Then each graph is
@@ -6,7 +7,7 @@ captured, which runs nothing, and replayed from there on. The graphs share one m
 replay in the order of their capture; between them stands the eager work of a step (copying the
 batch in, learning rates, and the all-reduce of several processes). The batch's tensors, the
 gradients and every output keep their addresses. Random numbers stay right: a graph replays with the
-device generator's state of that moment. Not yet run on a GPU.
+state that the generator of its learner has at that moment. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from dad_fast.data.loaders.loader import Batch
 from dad_fast.engine.generator import StepInputs
-from dad_fast.engine.update import Update
+from dad_fast.engine.learner import Learner
 from dad_fast.errors import EnvironmentProblem
 from dad_fast.loggers.profiling import stage
 
@@ -30,7 +31,7 @@ log = logging.getLogger("dad_fast.engine")
 
 WARM_UP = 3  # plain steps before the capture
 Generate = Callable[[Batch], StepInputs]
-Learn = Callable[[Batch, StepInputs], list[dict[str, Tensor]]]
+Learn = Callable[[Learner, Batch, StepInputs], dict[str, Tensor]]
 
 
 class StepGraphs:
@@ -45,19 +46,23 @@ class StepGraphs:
         device: torch.device,
         generate: Generate,
         learn: Learn,
-        updates: Sequence[Update],
+        learners: Sequence[Learner],
         required: bool,
     ) -> None:
         self._device = device
         self._generate = generate
         self._learn = learn
-        self._updates = updates
+        self._learners = learners
         self._required = required
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._steps = 0  # updates made so far
         self._inputs: Batch | None = None
-        self._graphs: list[torch.cuda.CUDAGraph] = []  # learn, apply
+        # The same order as the learners.
+        self._learn_graphs: list[torch.cuda.CUDAGraph] = []
+        self._apply_graphs: list[torch.cuda.CUDAGraph] = []
+        # Held: what the first graph makes and the others read.
+        self._shared: StepInputs | None = None
         self._scalars: list[dict[str, Tensor]] = []
         self._applied: list[Tensor] = []
         self.failed = False
@@ -69,7 +74,7 @@ class StepGraphs:
         device: torch.device,
         generate: Generate,
         learn: Learn,
-        updates: Sequence[Update],
+        learners: Sequence[Learner],
     ) -> StepGraphs | None:
         """Return graphs where they are wanted and possible, else None.
 
@@ -83,10 +88,10 @@ class StepGraphs:
             )
         if wanted == "off" or device.type != "cuda":
             return None
-        for update in updates:
-            if update.capturable:
+        for learner in learners:
+            if learner.update.capturable:
                 continue
-            name = type(update.optimizer).__name__
+            name = type(learner.update.optimizer).__name__
             reason = f"{name} takes its learning rate from the host, which a graph would freeze"
             if wanted == "on":
                 raise EnvironmentProblem(
@@ -99,60 +104,81 @@ class StepGraphs:
                 reason,
             )
             return None
-        return cls(device, generate, learn, updates, required=wanted == "on")
+        return cls(device, generate, learn, learners, required=wanted == "on")
 
     @property
     def captured(self) -> bool:
-        return bool(self._graphs)
+        return bool(self._learn_graphs)
 
     def learn(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Generate from a micro-batch on the device and add the gradients of every learner.
 
         Returns each learner's scalars, which the next call overwrites.
         """
-        if not self._graphs and not self.failed and self._steps >= WARM_UP:
+        if not self.captured and not self.failed and self._steps >= WARM_UP:
             self._capture(batch)
-        if not self._graphs:
+        if not self.captured:
             with self._aside():
-                return self._learn(batch, self._generate(batch))
+                with self._learners[0].own_random():
+                    inputs = self._generate(batch)
+                results = []
+                for learner in self._learners:
+                    with learner.own_random():
+                        results.append(self._learn(learner, batch, inputs))
+                return results
         assert self._inputs is not None
         for name, static in _tensors(self._inputs).items():
             static.copy_(getattr(batch, name))
         with stage("learn"):
-            self._graphs[0].replay()
+            self._replay(self._learn_graphs)
         return self._scalars
 
     def apply(self) -> list[Tensor]:
         """Make every learner's optimizer step. Returns whether each was applied."""
         self._steps += 1
-        if self._graphs:
-            self._graphs[1].replay()
+        if self.captured:
+            self._replay(self._apply_graphs)
             return self._applied
+        applied = []
         with self._aside():
-            applied = [update.apply() for update in self._updates]
+            for learner in self._learners:
+                with learner.own_random():
+                    applied.append(learner.update.apply())
         if self._steps == WARM_UP:
             # The capture comes with the next step: by then the gradients must stay where they are.
-            for update in self._updates:
-                update.make_gradients_static()
+            for learner in self._learners:
+                learner.update.make_gradients_static()
         return applied
+
+    def _replay(self, graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
+        for graph, learner in zip(graphs, self._learners, strict=True):
+            with learner.own_random():
+                graph.replay()
 
     def _capture(self, batch: Batch) -> None:
         try:
             copies = {name: value.clone() for name, value in _tensors(batch).items()}
-            self._inputs = replace(batch, **copies)
-            graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+            inputs = self._inputs = replace(batch, **copies)
+            learn_graphs, apply_graphs = (
+                [torch.cuda.CUDAGraph() for _ in self._learners] for _ in range(2)
+            )
             with ExitStack() as stack:
-                for update in self._updates:
-                    stack.enter_context(update.being_captured())
-                # With generation, which alone may launch nothing: kept features, true labels.
-                with capturing(graphs[0], self._pool, self._stream):
-                    self._scalars = self._learn(self._inputs, self._generate(self._inputs))
-                with capturing(graphs[1], self._pool, self._stream):
-                    self._applied = [update.apply() for update in self._updates]
-            self._graphs = graphs
+                for learner in self._learners:
+                    stack.enter_context(learner.update.being_captured())
+                for graph, learner in zip(learn_graphs, self._learners, strict=True):
+                    with learner.own_random(), capturing(graph, self._pool, self._stream):
+                        if self._shared is None:
+                            # With a learner: alone it may launch nothing, such as with kept
+                            # features and true labels.
+                            self._shared = self._generate(inputs)
+                        self._scalars.append(self._learn(learner, inputs, self._shared))
+                for graph, learner in zip(apply_graphs, self._learners, strict=True):
+                    with learner.own_random(), capturing(graph, self._pool, self._stream):
+                        self._applied.append(learner.update.apply())
+            self._learn_graphs, self._apply_graphs = learn_graphs, apply_graphs
         except RuntimeError as error:
             self.failed = True
-            self._inputs, self._scalars, self._applied = None, [], []
+            self._inputs, self._shared, self._scalars, self._applied = None, None, [], []
             reason = str(error).partition("\n")[0]
             if self._required:
                 raise EnvironmentProblem(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dad_fast.config.schema import LossConfig, PrecisionConfig
-from dad_fast.engine.generator import StepInputs
+from dad_fast.engine.generator import Model, StepInputs
+from dad_fast.engine.own_random import OwnRandom
 from dad_fast.engine.update import Update
 from dad_fast.loggers.profiling import stage
 from dad_fast.methods.losses import joint_objective, objective, smooth
@@ -32,7 +33,7 @@ class Learner:
         bn: str,
         num_micro_batches: int,
         fused: bool,
-        forward: Callable[[Tensor], Tensor] | None = None,
+        forward: Model | None = None,
     ) -> None:
         """Create a learner.
 
@@ -51,6 +52,25 @@ class Learner:
         self.fused = fused
         self.forward = student if forward is None else forward
         self.device = next(student.parameters()).device
+        # Of a student that shares its batches; None = the global generators.
+        self.random: OwnRandom | None = None
+        # True if other students of the batch filter samples and this one learns from all of them.
+        self.keeps_all = False
+
+    def own_random(self) -> AbstractContextManager[None]:
+        """Draw from the student's own random generators inside the block."""
+        return nullcontext() if self.random is None else self.random.active()
+
+    def see(self, side: int, layout: torch.memory_format) -> None:
+        """From here on resize the images of a batch to `side`, in `layout`, on their device."""
+        forward = self.forward
+
+        def resized(images: Tensor) -> Tensor:
+            if images.shape[-1] != side:
+                images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+            return forward(images.contiguous(memory_format=layout))
+
+        self.forward = resized
 
     def learn(self, inputs: StepInputs) -> dict[str, Tensor]:
         """Add the gradients of one micro-batch to those before. Returns scalars on the device."""
@@ -61,6 +81,8 @@ class Learner:
 
     def loss(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and scalars: the loss, its terms, the share kept by the filter."""
+        if self.keeps_all:
+            inputs = inputs._replace(keep=None)
         with self.autocast(), stage("student"):
             logits = self._logits(inputs.images)
         with stage("objective"):

@@ -21,7 +21,7 @@ from dad_fast.engine.diagnostics import (
 from dad_fast.engine.meter import Meter, over_processes
 from dad_fast.engine.notices import Advice
 from dad_fast.engine.step import TrainStep
-from dad_fast.engine.step_timer import StepTimer
+from dad_fast.engine.step_timer import StepTimer, Window
 from dad_fast.loggers.gpu import Gpu
 
 Say = Callable[[str], None]
@@ -55,16 +55,29 @@ class Monitor:
         """Return the means since the last window, for the progress line."""
         return _to_show(self.meter.peek())
 
-    def window(self, batch: Batch, say: Say) -> tuple[dict[str, float], dict[str, Any]]:
-        """Return the measurements since the last call, and start again. A collective.
-
-        batch: the last one; the share of codes that the attack changes is measured on it. say: gets
-        advice. Returns the values of the progress line, and those for metrics.jsonl alone.
-        """
-        values = _to_show(self.meter.read())
+    def read(self) -> tuple[dict[str, float], Window]:
+        """Return the means and the times since the last call, and start again."""
+        # The means first: reading them waits for the device.
+        means = _to_show(self.meter.read())
         self.clock.count()
-        window = self.clock.window()
-        values |= codes_changed(self.step.generator, self.learner, batch)
+        return means, self.clock.window()
+
+    def window(
+        self,
+        read: tuple[dict[str, float], Window],
+        batch: Batch,
+        say: Say,
+        known: dict[str, float],
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the measurements of a log window. A collective.
+
+        read: from `read`. batch: the last one; the share of codes that the attack changes is
+        measured on it. say: gets advice. known: what runs that share the batch have measured of
+        attacks on the teacher; filled here. Returns the values of the progress line, and those for
+        metrics.jsonl alone.
+        """
+        values, window = read
+        values |= codes_changed(self.step.generator, self.learner, batch, known)
         largest = {"data_wait": window.waited / window.seconds}
         if self.device.type == "cuda":
             largest["gpu_memory"] = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -76,7 +89,6 @@ class Monitor:
         if self.gpu:
             others["gpu"] = self.gpu.sample()
         self.advice.on_window(window, say)
-        self.clock.skip()
         return values, others
 
     def attack(self, batch: Batch, say: Say) -> dict[str, float]:

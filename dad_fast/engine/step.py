@@ -50,28 +50,27 @@ class TrainStep:
         self.tf32 = tf32
         self.device: torch.device = self.learners[0].device
         self.graphs = StepGraphs.if_wanted(
-            cuda_graphs, self.device, self.generate, self.learn, [one.update for one in learners]
+            cuda_graphs, self.device, self.generate, self.learn, self.learners
         )
 
-    def __call__(self, batch: Batch, step: int, lr: float) -> list[Scalars]:
-        """Make one step at learning rate `lr`.
+    def __call__(self, batch: Batch, step: int, lr: float | Sequence[float]) -> list[Scalars]:
+        """Make one step at learning rate `lr`, or at one for each learner.
 
         Returns for each learner scalars on the device: the loss, its terms, the share kept by the
         filter, and `applied`, 1 where the update was made. Each is the mean over the micro-batches.
         """
         with float32_math(tf32=self.tf32):
-            return self._step(batch, step, lr)
+            rates = [lr] * len(self.learners) if isinstance(lr, float) else lr
+            return self._step(batch, step, rates)
 
-    def _step(self, batch: Batch, step: int, lr: float) -> list[Scalars]:
-        for learner in self.learners:
+    def _step(self, batch: Batch, step: int, rates: Sequence[float]) -> list[Scalars]:
+        for learner, lr in zip(self.learners, rates, strict=True):
             learner.student.train()
             learner.update.begin(step, lr)
 
         sums: list[Scalars] = [{} for _ in self.learners]
         for part in batch.to(self.device).split(self.num_micro_batches):
-            results = (
-                self.graphs.learn(part) if self.graphs else self.learn(part, self.generate(part))
-            )
+            results = self.graphs.learn(part) if self.graphs else self._learn(part)
             for total, scalars in zip(sums, results, strict=True):
                 for name, value in scalars.items():
                     total[name] = value + total[name] if name in total else value.clone()
@@ -79,11 +78,7 @@ class TrainStep:
         for learner in self.learners:
             learner.update.reduce()
         with stage("update"):
-            applied = (
-                self.graphs.apply()
-                if self.graphs
-                else [one.update.apply() for one in self.learners]
-            )
+            applied = self.graphs.apply() if self.graphs else self._apply()
         return [
             {name: value / self.num_micro_batches for name, value in total.items()}
             | {"applied": was_applied.float()}
@@ -96,10 +91,24 @@ class TrainStep:
         """
         return self.generator(batch)
 
-    def learn(self, batch: Batch, inputs: StepInputs) -> list[Scalars]:
-        """Add the gradients of every learner."""
+    def learn(self, learner: Learner, batch: Batch, inputs: StepInputs) -> Scalars:
+        """Add the gradients of one learner."""
+        own = self.generator.attack_student(inputs, batch, learner.in_eval)
+        return learner.learn(own)
+
+    def _learn(self, batch: Batch) -> list[Scalars]:
+        # What generation draws, it draws from the generators of the first learner.
+        with self.learners[0].own_random():
+            inputs = self.generate(batch)
         results = []
         for learner in self.learners:
-            own = self.generator.attack_student(inputs, batch, learner.in_eval)
-            results.append(learner.learn(own))
+            with learner.own_random():
+                results.append(self.learn(learner, batch, inputs))
         return results
+
+    def _apply(self) -> list[Tensor]:
+        applied = []
+        for learner in self.learners:
+            with learner.own_random():
+                applied.append(learner.update.apply())
+        return applied

@@ -34,11 +34,13 @@ class Window(NamedTuple):
 class StepTimer:
     """Wall time of training alone.
 
-    Put `with step():` around each step; `count` and `skip` exclude all other time.
+    Put `with step():` around each step; `count` and `skip` exclude all other time. Runs that share
+    their batches share `total`: each of `shared_by` runs counts an equal part.
     """
 
     def __init__(self, device: torch.device, total: float = 0.0) -> None:
         self.total = total
+        self.shared_by = 1
         self._device = device
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._steps = 0
@@ -63,7 +65,7 @@ class StepTimer:
     def count(self) -> None:
         """Count the time until now."""
         now = time.perf_counter()
-        self.total = self.total + now - self._mark
+        self.total = self.total + (now - self._mark) / self.shared_by
         self._window = self._window + now - self._mark
         self._mark = now
 

@@ -44,6 +44,7 @@ class TrainProgress:
         log: receives the plain lines (train.log), and echoes them without a live bar.
         start_step: first step of a resumed run.
         live: None = if stderr is a terminal and rich is installed.
+        bar: a live bar that runs which train together share; None = one of its own.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class TrainProgress:
         *,
         start_step: int = 0,
         live: bool | None = None,
+        bar: Any = None,
     ) -> None:
         self.total_steps = total_steps
         self.images_per_step = images_per_step
@@ -72,7 +74,7 @@ class TrainProgress:
         self._start_step = start_step
         # Step of the last line on the console.
         self._shown_step = -1
-        self._bar: Any = _make_bar() if live or (live is None and sys.stderr.isatty()) else None
+        self._bar = make_bar(live) if bar is None else bar
         self._task: Any = None
         self._echo = log.echo
         self._last_line = time.monotonic()
@@ -198,7 +200,7 @@ class JobsProgress:
 
     def __init__(self, live: bool | None = None) -> None:
         """live: None = if stderr is a terminal and rich is installed."""
-        self._bar: Any = _make_bar() if live or (live is None and sys.stderr.isatty()) else None
+        self._bar = make_bar(live)
         self._tasks: dict[str, Any] = {}
         # Time of the last line of each job.
         self._lines: dict[str, float] = {}
@@ -274,8 +276,13 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-def _make_bar() -> Any:
-    """Return a live bar, or None without rich."""
+def make_bar(live: bool | None = None) -> Any:
+    """Return a live bar, or None without rich.
+
+    live: None = if stderr is a terminal.
+    """
+    if not (sys.stderr.isatty() if live is None else live):
+        return None
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

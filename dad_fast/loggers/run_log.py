@@ -118,6 +118,10 @@ class RunLog:
             if kept != len(content):
                 self._metrics.truncate(kept)
 
+    def also_receive_warnings(self) -> None:
+        """Receive warnings besides the RunLog that was opened after this one."""
+        self._warnings.add()
+
     def close(self) -> None:
         self._warnings.remove_all()
         self.close_sinks()

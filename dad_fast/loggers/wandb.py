@@ -49,6 +49,8 @@ class WeightsAndBiases(Sink):
             id=run.run_id,
             name=run.name,
             resume="allow",
+            # Runs that train together are open side by side.
+            reinit="create_new",
             config={key: _plain(value) for key, value in run.settings.items()},
             dir=str(self._folder),
             settings=quiet,

@@ -25,6 +25,10 @@ class WarningLines(logging.Handler):
     def install(self) -> None:
         """Take the place of another handler of this kind."""
         self.remove_all()
+        self.add()
+
+    def add(self) -> None:
+        """Receive warnings besides other handlers of this kind."""
         logging.getLogger(OURS).addHandler(self)
 
     @staticmethod

@@ -1,31 +1,31 @@
-"""One run from settings to report: check, train or resume, evaluate, write the folder."""
+"""Runs from settings to report: check, train or resume, evaluate, write the folders."""
 
 from __future__ import annotations
 
 import json
 import time
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dad_fast.checkpoint.common import resume_steps
 from dad_fast.config import Config, Launch, to_toml
-from dad_fast.data.sources.base import Source
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.finish import finish
-from dad_fast.engine.trainer import Trainer
-from dad_fast.errors import UsageError
+from dad_fast.engine.lockstep import Lockstep
+from dad_fast.engine.trainer import Trainer, checkpoints_of
+from dad_fast.errors import NotFinite, UsageError
 from dad_fast.evaluate.runner import Suite, open_suites
 from dad_fast.evaluate.tables import print_table, read_record
 from dad_fast.files import atomic_write_json, atomic_write_text
-from dad_fast.kernels.csrc import csrc_status
-from dad_fast.loggers.environment import environment
 from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore, is_filled, online, seconds_file, store_seconds
-from dad_fast.models.ensemble import Ensemble
 from dad_fast.models.registry import teacher_settings
 from dad_fast.report.page import write_report
+from dad_fast.sweep.facts import write_facts
 from dad_fast.sweep.runs import Run, Sweep, check_output, clear
 from dad_fast.sweep.tables import write_tables
 
@@ -67,7 +67,7 @@ def _run_locked(sweep: Sweep, launch: Launch) -> int:
     for number, run in enumerate(sweep.runs, start=1):
         label = f"[{number}/{len(sweep.runs)}] {run.name}" if several else run.variant
         teacher_results = by_teacher.setdefault(repr(teacher_settings(run.cfg)), {})
-        train_run(run, label, launch, builder, teacher_results)
+        train_runs([run], [label], launch, builder, teacher_results)
     if main and several:
         write_tables(sweep, {}, distributed.world())
         write_report(output)
@@ -99,56 +99,154 @@ def check_run(cfg: Config, folder: Path, launch: Launch, builder: Builder, unfil
         Trainer(cfg, parts, folder, "", launch.resume, launch.allow_config_change)
 
 
-def train_run(
-    run: Run, label: str, launch: Launch, builder: Builder, teacher_results: dict[str, Any]
-) -> dict[str, Any]:
-    """Train or resume a run, evaluate it and return its record.
+@dataclass
+class _Member:
+    """A run, what it is built from, and the suites to evaluate it on."""
 
-    teacher_results: records of teachers by `--teacher`, filled here, so that each is evaluated
-    once.
+    run: Run
+    label: str
+    parts: Components
+    suites: list[Suite]
+    resume: str
+    trainer: Trainer | None = None
+
+    @property
+    def view(self) -> tuple[Any, ...]:
+        """How images are shown to the student, and to its teacher in evaluations."""
+        student = self.parts.student
+        size, crop = student.image_size, student.crop_pct
+        return size, crop, student.interpolation, student.squashed
+
+    def make_trainer(self, launch: Launch) -> Trainer:
+        run, allow = self.run, launch.allow_config_change
+        trainer = Trainer(run.cfg, self.parts, run.folder, self.label, self.resume, allow)
+        self.trainer = trainer
+        return trainer
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the record of a run that is trained and evaluated already."""
+        trainer = self.trainer
+        if trainer is None or trainer.next_step < trainer.total_steps:
+            return None
+        path = self.run.folder / "results.json"
+        record: dict[str, Any] | None = distributed.on_main(lambda: _finished(path, self.suites))
+        if record and distributed.is_main():
+            print_line(f"{self.label}: finished already ({self.run.folder})")
+        return record
+
+
+def train_runs(
+    runs: Sequence[Run],
+    labels: Sequence[str],
+    launch: Launch,
+    builder: Builder,
+    teacher_results: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Train or resume runs that share their batches, evaluate them and return their records.
+
+    The settings of the runs are equal in all that batches and their generation depend on. Finished
+    runs are not trained again; runs that cannot resume from one step are trained apart.
+    teacher_results: records of teachers by `--teacher`, with the first run's view of images, filled
+    here, so that each is evaluated once.
+    Raises NotFinite for a run whose loss is not finite, after the others are evaluated.
     """
-    with distributed.main_locks(run.folder):
-        return _train_locked(run, label, launch, builder, teacher_results)
+    with ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(distributed.main_locks(run.folder))
+        members = [_member(*one, launch, builder) for one in zip(runs, labels, strict=True)]
+        by_view = {members[0].view: teacher_results}
+        records: dict[Path, dict[str, Any]] = {}
+        left = []
+        for member in members:
+            if launch.resume and (len(runs) == 1 or _has_results(member.run)):
+                member.make_trainer(launch)
+                if record := member.finished():
+                    records[member.run.folder] = record
+                    continue
+                if len(runs) > 1:
+                    # Its student has the weights of a checkpoint, which may not be the common one.
+                    member = _member(member.run, member.label, launch, builder)
+            left.append(member)
+
+        failed: list[NotFinite] = []
+        for group in _groups(left):
+            results, problems = _train_group(group, launch, by_view)
+            records |= results
+            failed += problems
+        if failed:
+            raise failed[0]
+        return [records[run.folder] for run in runs]
 
 
-def _train_locked(
-    run: Run, label: str, launch: Launch, builder: Builder, teacher_results: dict[str, Any]
-) -> dict[str, Any]:
-    cfg, folder = run.cfg, run.folder
-    parts = builder.build(cfg)
-    suites = open_suites(cfg.eval.suites, cfg.data, parts.train.classes, cfg.eval)
-    trainer = Trainer(cfg, parts, folder, label, launch.resume, launch.allow_config_change)
-    if launch.resume and trainer.next_step >= trainer.total_steps:
-        record: dict[str, Any] | None = distributed.on_main(
-            lambda: _finished(folder / "results.json", suites)
+def _member(run: Run, label: str, launch: Launch, builder: Builder) -> _Member:
+    parts = builder.build(run.cfg)
+    suites = open_suites(run.cfg.eval.suites, run.cfg.data, parts.train.classes, run.cfg.eval)
+    return _Member(run, label, parts, suites, launch.resume)
+
+
+def _has_results(run: Run) -> bool:
+    return bool(distributed.on_main((run.folder / "results.json").exists))
+
+
+def _groups(members: Sequence[_Member]) -> list[list[_Member]]:
+    """Divide runs by the step from which they begin or resume."""
+    if len(members) < 2 or not members[0].resume:
+        return [list(members)] if members else []
+
+    def find() -> Any:
+        folders = [checkpoints_of(one.run.folder, one.run.cfg) for one in members]
+        # Trainers log damaged checkpoints of runs that have no other.
+        return resume_steps(folders, print_line)
+
+    steps: list[int | None] = distributed.on_main(find)
+    groups: dict[int | None, list[_Member]] = {}
+    for member, step in zip(members, steps, strict=True):
+        if step is not None:
+            member.resume = str(checkpoints_of(member.run.folder, member.run.cfg).path_of(step))
+        groups.setdefault(step, []).append(member)
+    if len(groups) > 1 and distributed.is_main():
+        stands = ", ".join(
+            f"{one.label} at step {step or 0:,}" for one, step in zip(members, steps, strict=True)
         )
-        if record:
-            if distributed.is_main():
-                print_line(f"{label}: finished already ({folder})")
-            return record
+        print_line(f"runs at different steps are trained apart: {stands}")
+    return list(groups.values())
+
+
+def _train_group(
+    members: Sequence[_Member],
+    launch: Launch,
+    by_view: dict[tuple[Any, ...], dict[str, Any]],
+) -> tuple[dict[Path, dict[str, Any]], list[NotFinite]]:
+    """Train and evaluate runs at one step.
+
+    by_view: teacher results by view of images. Returns the records by folder, and errors of runs
+    that could not be finished.
+    """
+    trainers = [one.trainer or one.make_trainer(launch) for one in members]
+    lockstep = Lockstep(trainers)
     if distributed.is_main():
-        atomic_write_text(folder / "config.toml", to_toml(trainer.cfg))
-        kernels = {"csrc": csrc_status()}
-        if parts.discretizer is not None and parts.discretizer.backend:
-            kernels["codebook_search"] = parts.discretizer.backend
-        resolved = {
-            "kernels": kernels,
-            "loader": trainer.loader.name,
-            "processes": distributed.world(),
-            "data": {"train": _about(parts.train), "val": _about(parts.val)},
-            "choices": {name: choice.record() for name, choice in trainer.choices.items()},
-        }
-        names = {"variant": run.variant, "preset": launch.preset}
-        started = {"commands": _commands(folder / "run.json", launch)}
-        facts = {**resolved, **names, **started, **_weights(parts)}
-        atomic_write_json(folder / "run.json", environment() | facts)
-    trainer.start()
+        for member, trainer in zip(members, trainers, strict=True):
+            atomic_write_text(trainer.output / "config.toml", to_toml(trainer.cfg))
+            sharing = [one.label for one in trainers if one is not trainer]
+            write_facts(trainer, member.run.variant, launch, sharing)
+    records = {}
     try:
-        summary = trainer.train()
-        summary["store_seconds"] = sum(map(store_seconds, cfg.store.dirs))
-        return finish(trainer, run.variant, suites, summary, teacher_results)
+        lockstep.start()
+        with suppress(NotFinite):
+            lockstep.train()
+        for member, trainer in zip(members, trainers, strict=True):
+            if trainer in lockstep.failed:
+                continue
+            summary = trainer.summary()
+            summary["store_seconds"] = sum(map(store_seconds, trainer.cfg.store.dirs))
+            known = by_view.setdefault(member.view, {})
+            with trainer.own_random():
+                records[member.run.folder] = finish(
+                    trainer, member.run.variant, member.suites, summary, known
+                )
     finally:
-        trainer.log.close_sinks()
+        lockstep.close_sinks()
+    return records, list(lockstep.failed.values())
 
 
 def fill_store(store: SharedStore) -> None:
@@ -178,15 +276,6 @@ def _check_batch_sizes(cfg: Config, launch: Launch) -> None:
         )
 
 
-def _commands(facts: Path, launch: Launch) -> list[str]:
-    """Return the command lines that started and resumed the run, each once, in order."""
-    earlier: list[str] = []
-    if launch.resume:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            earlier = list(map(str, json.loads(facts.read_text())["commands"]))
-    return list(dict.fromkeys(filter(None, (*earlier, launch.command))))
-
-
 def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
     """Return the record if it is complete and covers these suites; None = evaluate again."""
     try:
@@ -199,39 +288,3 @@ def _finished(path: Path, suites: list[Suite]) -> dict[str, Any] | None:
         return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _about(source: Source) -> dict[str, str]:
-    return {"images": source.describe(), "fingerprint": source.fingerprint}
-
-
-def _weights(parts: Components) -> dict[str, Any]:
-    """Return the frozen models and stores of a run, for run.json."""
-    frozen = {"teacher": parts.teacher, "discretizer": parts.discretizer}
-    found: dict[str, Any] = {
-        name: {"name": part.name, "sha256": part.weights_sha256, "seen": part.provenance}
-        for name, part in frozen.items()
-        if part is not None
-    }
-    if isinstance(parts.teacher, Ensemble):
-        found["teacher"] |= {
-            "average": parts.teacher.average,
-            "members": [
-                {
-                    "name": member.name,
-                    "weight": weight,
-                    "sha256": member.weights_sha256,
-                    "loaded_sha256": parts.hashes[f"teacher {number}"],
-                    "seen": member.provenance,
-                }
-                for number, (weight, member) in enumerate(parts.teacher.weighted_members(), start=1)
-            ],
-        }
-    stores = parts.stored.stores
-    if stores:
-        found["stores"] = [
-            {"folder": str(s.folder), "kind": s.kind, "views": s.num_views, "sha256": s.checksum}
-            for s in stores
-        ]
-        found["teacher_loaded"] = parts.teacher is not None
-    return found

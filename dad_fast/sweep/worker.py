@@ -37,7 +37,7 @@ from dad_fast.methods.stores import SharedStore
 from dad_fast.precompute.run import make_builder
 from dad_fast.sweep.measure import measure
 from dad_fast.sweep.pool import shared_parts
-from dad_fast.sweep.run import check_run, fill_store, train_run
+from dad_fast.sweep.run import check_run, fill_store, train_runs
 from dad_fast.sweep.runs import Run
 
 # Exit code after an unexpected failure. It may have broken the process, as CUDA errors do, so the
@@ -93,7 +93,7 @@ class Worker:
         builder, known = self._parts_of(cfg)
         known.update(teacher_results)
         run = Run(variant, cfg.seed, cfg, Path(folder))
-        train_run(run, run.name, Launch(output=folder, **launch), builder, known)
+        train_runs([run], [run.name], Launch(output=folder, **launch), builder, known)
 
     def _parts_of(self, cfg: Config) -> tuple[Builder, dict[str, Any]]:
         """Return the shared parts and teacher results; drop them if the next run needs others."""

@@ -26,6 +26,7 @@ from dad_fast.checkpoint.writer import Writer
 from dad_fast.cli.main import main
 from dad_fast.config import to_toml
 from dad_fast.engine.build import Builder
+from dad_fast.engine.lockstep import Lockstep
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import DataError, NotFinite, Preempted, UsageError
 from dad_fast.methods.settings import resolve
@@ -64,7 +65,7 @@ def trainer(folder, cfg, resume=""):
 def run(folder, cfg, resume=""):
     made = trainer(folder, cfg, resume)
     made.start()
-    made.train()
+    Lockstep([made]).train()
     return made
 
 
@@ -204,7 +205,7 @@ def test_non_finite_loss_stops_the_run_and_saves_the_state(tmp_path):
     )
     made.start()
     with pytest.raises(NotFinite, match="--lr"):
-        made.train()
+        Lockstep([made]).train()
     kept = made.checkpoints.load("auto", print)
     assert all(
         torch.isfinite(v).all()
@@ -236,7 +237,7 @@ def test_kill_before_the_best_link_is_repaired(tmp_path):
     assert os.readlink(tmp_path / "best") == "step-1" and (tmp_path / "step-1").is_dir()
 
 
-@pytest.mark.parametrize("operation", ["_link", "_prune", "rmtree"])
+@pytest.mark.parametrize("operation", ["_link", "prune", "rmtree"])
 def test_kill_during_cleanup_is_repaired(tmp_path, monkeypatch, operation):
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in (1, 2, 3):

@@ -16,6 +16,7 @@ from dad_fast.checkpoint.optimizer_state import flatten_optimizer, restore_optim
 from dad_fast.cli.main import main
 from dad_fast.config import Launch
 from dad_fast.engine.build import Builder
+from dad_fast.engine.lockstep import Lockstep
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import DataError, UsageError
 from dad_fast.methods.settings import resolve
@@ -68,7 +69,7 @@ def changed_state(folder):
 
 def run(made):
     made.start()
-    made.train()
+    Lockstep([made]).train()
     made.log.close()
 
 

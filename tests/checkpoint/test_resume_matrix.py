@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dad_fast.cli.main import main
 from dad_fast.engine.build import Builder
+from dad_fast.engine.lockstep import Lockstep
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import Preempted
 from dad_fast.methods.settings import resolve
@@ -121,7 +122,8 @@ def config(inputs, case, *more):
 def run(folder, cfg, resume=""):
     made = Trainer(cfg, BUILDER.build(cfg), folder, "test", resume)
     made.start()
-    summary = made.train()
+    Lockstep([made]).train()
+    summary = made.summary()
     made.log.close()
     return summary
 
@@ -243,7 +245,7 @@ def test_resume_after_a_stop_in_validation_is_bit_exact(inputs, straight, tmp_pa
     stopped.evaluate = asked_to_stop
     stopped.start()
     with pytest.raises(Preempted, match="--resume auto"):
-        stopped.train()
+        Lockstep([stopped]).train()
     stopped.log.close()
     assert stopped.next_step == step and stopped.validation_due
     run(tmp_path, cfg, "auto")

@@ -83,8 +83,7 @@ def captures(monkeypatch):
 
     def start(step):
         graph_of["update"] = learner_of(step).update
-        updates = [learner.update for learner in step.learners]
-        step.graphs = StepGraphs(CUDA, step.generate, step.learn, updates, required=False)
+        step.graphs = StepGraphs(CUDA, step.generate, step.learn, step.learners, required=False)
         return found
 
     return start

@@ -24,6 +24,7 @@ from dad_fast.engine import build, choices, compiling
 from dad_fast.engine.build import Builder
 from dad_fast.engine.choices import COMPILE, Choice, DeviceFacts, choose
 from dad_fast.engine.compiling import forms_of, no_compiler, try_compiling
+from dad_fast.engine.lockstep import Lockstep
 from dad_fast.engine.preflight import check_backend
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import EnvironmentProblem, UsageError
@@ -223,7 +224,7 @@ def demo(num_steps):
 def train(builder, cfg, folder, resume=""):
     trainer = Trainer(cfg, builder.build(cfg), folder, "test", resume)
     trainer.start()
-    trainer.train()
+    Lockstep([trainer]).train()
     return trainer
 
 

@@ -7,6 +7,7 @@ our backward passes have no code on the host. So does autocast, which is off.
 
 import traceback
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -236,6 +237,7 @@ def test_capture_needs_learning_rates_on_the_device(pretended_cuda, opt, capture
         update = Update(move(student), Config(optim=replace(CONFIG.optim, opt=opt)), CUDA)
         assert update.capturable == captured
         if not captured:
-            assert StepGraphs.if_wanted("auto", CUDA, None, None, [update]) is None
+            learners = [SimpleNamespace(update=update)]
+            assert StepGraphs.if_wanted("auto", CUDA, None, None, learners) is None
             with pytest.raises(EnvironmentProblem, match="--cuda-graphs on: .*learning rate"):
-                StepGraphs.if_wanted("on", CUDA, None, None, [update])
+                StepGraphs.if_wanted("on", CUDA, None, None, learners)

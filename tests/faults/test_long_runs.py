@@ -17,6 +17,7 @@ for package in ("timm", "open_clip", "mlxtend", "sklearn"):
     pytest.importorskip(package)
 from dad_fast.config.schema import Config
 from dad_fast.engine.build import Builder
+from dad_fast.engine.lockstep import Lockstep
 from dad_fast.engine.trainer import Trainer
 from dad_fast.methods.settings import resolve
 
@@ -66,16 +67,17 @@ def test_memory_handles_and_threads_do_not_grow(tmp_path: Path, steps: int) -> N
     cfg = config(f"max_steps={100 + steps}")
     trainer = Trainer(cfg, Builder().build(cfg), tmp_path, "long")
     samples: list[dict[str, int]] = []
-    submit = trainer.writer.submit
+    lockstep = Lockstep([trainer])
+    submit = lockstep.writer.submit
 
     def sampled(write: Callable[[], object]) -> None:
-        trainer.writer.wait()
+        lockstep.writer.wait()
         samples.append(held())
         submit(write)
 
-    trainer.writer.submit = sampled  # type: ignore[method-assign]
+    lockstep.writer.submit = sampled  # type: ignore[method-assign]
     trainer.start()
-    trainer.train()
+    lockstep.train()
     after_warm_up, end = samples[3], samples[-2]
     samples_compared = (after_warm_up, end)
     assert end["handles"] <= after_warm_up["handles"] + 2, samples_compared
@@ -96,13 +98,14 @@ def test_a_clock_that_jumps_changes_nothing(
     cfg = config("max_steps=8", "data.workers=0")
     straight = Trainer(cfg, Builder().build(cfg), tmp_path / "straight", "straight")
     straight.start()
-    straight.train()
+    Lockstep([straight]).train()
     jumps = iter([-1e9, 1e9] * 10_000)
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
     jumping = Trainer(cfg, Builder().build(cfg), tmp_path / "jumping", "jumping")
     jumping.start()
-    summary = jumping.train()
+    Lockstep([jumping]).train()
+    summary = jumping.summary()
     assert 0 < summary["seconds"] < 600
     one, other = (
         tmp_path / name / "checkpoints" / "step-8" / "train.safetensors"
