@@ -57,6 +57,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="rounds of every comparison, without energy; 0 = by time [0]",
     )
     group.addoption(
+        "--authors-code",
+        metavar="DIR",
+        help="clone of the DAD authors' repository, for the group authors",
+    )
+    group.addoption(
         "--overhead-compare",
         metavar="RECORD",
         help="exit 1 if DAD's overhead over KD grew since this record of steps",

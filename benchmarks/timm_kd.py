@@ -38,7 +38,7 @@ def kd_baseline(work: Workload) -> tuple[str, Callable[[], object]]:
     return "kd", lambda: step(work.batch, 10, work.cfg.optim.lr)
 
 
-class _Bare(nn.Module):
+class BareTeacher(nn.Module):
     """Wrap a teacher to take normalised images, as timm expects."""
 
     def __init__(self, teacher: Teacher) -> None:
@@ -67,7 +67,7 @@ class TimmKD:
         self.model: Any = student.model
         self.task = LogitDistillationTask(
             self.model,
-            _Bare(work.plain_teacher),
+            BareTeacher(work.plain_teacher),
             criterion=SoftTargetCrossEntropy(),
             task_loss_weight=cfg.loss.ce,
             distill_loss_weight=cfg.loss.kd,

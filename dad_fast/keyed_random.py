@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # Streams.
-ORDER, RECORD, MIX, ERASE, SEED = range(5)
+ORDER, RECORD, MIX, ERASE, SEED, PICTURE = range(6)
 _MASK = (1 << 64) - 1
 _UNIT = 2.0**-53
 

@@ -33,6 +33,7 @@ from dad_fast.config.fields import with_values
 from dad_fast.config.options import StoreLaunch
 from dad_fast.config.resolve import gather
 from dad_fast.data.augment.mixing import to_pixels
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.registry import open_source
 from dad_fast.evaluate.corruptions.common import corrupt
@@ -154,9 +155,7 @@ def evaluate(output: Path, seeds: int) -> dict[str, dict[str, list[float]]]:
         corruption, _, severity = suite.partition(":")
         loader = EvalLoader(
             open_source(cfg.data.data_dir, "test" if severity else suite),
-            28,
-            1.0,
-            "bilinear",
+            View(28, 1.0, "bilinear"),
             250,
             0,
         )

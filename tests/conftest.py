@@ -21,8 +21,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Waiting threads sleep, and leave their core to other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Help screens and tables follow it.
+os.environ.pop("COLUMNS", None)
 # One cache per process; child processes inherit it.
 os.environ["DAD_FAST_CACHE"] = tempfile.mkdtemp(prefix="dad-fast-tests-")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["DAD_FAST_CACHE"], "datasets")
 atexit.register(shutil.rmtree, os.environ["DAD_FAST_CACHE"], ignore_errors=True)
 
 try:

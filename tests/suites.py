@@ -11,6 +11,7 @@ pytest.importorskip("timm")
 from imagenet_folders import Reader, wnids
 
 from dad_fast.config.schema import DataConfig, EvalConfig
+from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.evaluate.metrics.result import Result
 from dad_fast.evaluate.runner import evaluate, open_suites
@@ -30,9 +31,7 @@ def evaluated(
 ) -> Result:
     suite = open_suites([name], DataConfig(data_dir="."), classes or imagenet_classes(), options)[0]
     settings = {
-        "img_size": 8,
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
+        "view": View(8, 1.0, "bilinear"),
         "batch_size": 64,
         "workers": 0,
     } | more

@@ -192,6 +192,8 @@ def run(
 def _start_server(preload: str) -> socket.socket:
     ours, theirs = socket.socketpair()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # pandas imports pyarrow, whose allocator would start a thread.
+    environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     if preload:
         environment["LD_PRELOAD"] = preload
     command = [sys.executable, str(Path(__file__)), str(theirs.fileno())]

@@ -100,9 +100,8 @@ def _subject(model: nn.Module, evaluation: Evaluation) -> EvalModel:
             f"{student.name}: {student.num_classes} outputs, but the data has {len(classes)} "
             "classes; evaluate the run's folder, which has recorded its classes"
         )
-    view = (student.image_size, student.crop_pct, student.interpolation)
     moved = student.to(evaluation.device).eval()
-    return EvalModel(student.name, student.name, moved, classes, view, squashed=student.squashed)
+    return EvalModel(student.name, student.name, moved, classes, student.view)
 
 
 def export(

@@ -18,12 +18,13 @@ from dad_fast.checkpoint.run import TrainRun
 from dad_fast.config import Config, differences, from_toml
 from dad_fast.config.fields import get, with_values
 from dad_fast.config.variants import with_batch_sizes
+from dad_fast.data.augment.pixmix import picture_fingerprint
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.choose import ALIASES
 from dad_fast.distributed import process_group as distributed
 from dad_fast.models.registry import split_names
 
-CONTENT_COMPARED = ("data.data_dir", "data.class_map", "store.dirs")
+CONTENT_COMPARED = ("data.data_dir", "data.class_map", "store.dirs", "augment.pixmix_pictures")
 # Compared by content and by the file's name, which may tell what the content does not.
 NAME_COMPARED = ("teacher.name", "teacher.head", "discretizer.name")
 
@@ -41,6 +42,7 @@ def identity(run: TrainRun) -> dict[str, Any]:
     return {
         "classes": parts.train.classes.to_json(),
         "data": {"train": parts.train.fingerprint, "val": parts.val.fingerprint},
+        "pictures": picture_fingerprint(run.cfg.augment.pixmix_pictures),
         "stores": parts.stored.checksums,
         "models": models,
         "computed": _computed(parts.device),
@@ -79,6 +81,9 @@ def changes(run: TrainRun, found: Checkpoint) -> list[str]:
             f"the stores {', '.join(cfg.store.dirs) or '(none now)'} are not those that the run "
             "began with"
         )
+    if state.get("pictures", "") != now["pictures"]:
+        folder = cfg.augment.pixmix_pictures or "(none now)"
+        changed.append(f"the pictures in {folder} are not those that the run began with")
     for split, name in (("train", cfg.data.train_split), ("val", cfg.data.val_split)):
         if state["data"][split] != now["data"][split]:
             changed.append(

@@ -19,7 +19,8 @@ usage: dad-fast doctor [--numerics] [--json]
 Report which features are available on this machine, and how to fix what is missing. Exit code 0,
 or 3 if something required is missing or broken. The last lines are for a bug report.
 With --data, check a data set instead: classes, bad files, formats, sizes, and the decoding speed of
-each back end. Exit code 0, or 4 if the data cannot be used for training.
+each back end. DIR is any name of train --data-dir. Exit code 0, or 4 if training cannot use the
+data.
 With --weights, name a weights file by its SHA-256 (docs/weights.md), or describe its content. Exit
 code 0, or 4 for a file that cannot be read.
 

@@ -52,6 +52,8 @@ def parse(arguments: Sequence[str]) -> FitOptions:
         raise UsageError(f"--width {options.width}: must be a multiple of 4")
     if options.codes > MOST_CODES:
         raise UsageError(f"--codes {options.codes}: at most {MOST_CODES:,}")
+    if options.val_fraction and not options.val_split:
+        raise UsageError('--val-fraction holds images out and --val-split "" none: leave one out')
     if options.resume not in ("", "auto"):
         raise UsageError(f"--resume {options.resume}: must be auto")
     if options.resume and options.overwrite:

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from types import ModuleType
 
 from dad_fast.allocator import use_expandable_segments
+from dad_fast.cli.screen import fill
 from dad_fast.config.fields import nearest
 from dad_fast.cores import wait_passively
 from dad_fast.distributed.signals import ends_at_once
@@ -146,7 +147,7 @@ def _explain_disk(error: OSError) -> str:
 
 def _dispatch(arguments: list[str], debug: bool) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(top_help(), end="")
+        print(top_help())
         return 0
     command, *rest = arguments
     if command == "--version":
@@ -165,8 +166,8 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
 
 def top_help() -> str:
     """Return the screen of `dad-fast -h`."""
-    lines = [f"  {command:<16}{_module(command).SUMMARY}" for command in COMMANDS]
-    return TOP_HELP.format(commands="\n".join(lines))
+    lines = [f"  {command:<17}{_module(command).SUMMARY}" for command in COMMANDS]
+    return fill(TOP_HELP, commands="\n".join(lines))
 
 
 def _module(command: str) -> ModuleType:

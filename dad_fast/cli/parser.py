@@ -46,8 +46,9 @@ class Parser(argparse.ArgumentParser):
         )
         self.command = command
         self.intermixed = intermixed
-        # Flags of switches, which mean on without a value.
+        # Flags of switches, which mean on without a value, and those that may have a name as value.
         self.switches: set[str] = set()
+        self.named_switches: set[str] = set()
         # Flags of several values, after which FILE.toml is a file of settings nevertheless.
         self.before_files: set[str] = set()
 
@@ -86,8 +87,16 @@ class Parser(argparse.ArgumentParser):
     def _with_switch_values(self, arguments: Sequence[str]) -> list[str]:
         """Write `--amp` as `--amp=on` where no value follows. argparse would take the next word."""
         following = [*arguments, ""][1:]
+
+        def is_alone(token: str, after: str) -> bool:
+            is_value = after.lower() in SWITCH_WORDS
+            if token in self.named_switches:
+                # Files with settings end in .toml, which no name does.
+                is_value = is_value or after.isidentifier()
+            return token in self.switches and not is_value
+
         return [
-            f"{token}=on" if token in self.switches and after.lower() not in SWITCH_WORDS else token
+            f"{token}=on" if is_alone(token, after) else token
             for token, after in zip(arguments, following, strict=True)
         ]
 
@@ -244,3 +253,5 @@ def add_settings(parser: Parser, paths: Iterable[str], several: Sequence[str] = 
             parser.add_argument(*names, dest=path)
             if setting.is_switch:
                 parser.switches.update(names)
+            if setting.takes_name:
+                parser.named_switches.update(names)

@@ -26,8 +26,8 @@ examples:
   dad-fast train --preset demo --method dad --store runs/store -o runs/stored
   dad-fast precompute --preset dad-vitb16 --data-dir DIR --teacher NAME --discretizer FILE \\
       -o STORE --estimate
-  RANK=0 WORLD_SIZE=2 dad-fast precompute ... -o PART0    one machine of two without a shared disk,
-  dad-fast store merge PART0 PART1 -o STORE               then all its parts together
+  RANK=0 WORLD_SIZE=2 dad-fast precompute ... -o PART0    # one of two machines, no shared disk
+  dad-fast store merge PART0 PART1 -o STORE               # then the parts together
 
 the store:
 {flags}

@@ -17,8 +17,9 @@ usage: dad-fast predict MODEL IMAGE [IMAGE ...] [--top K] [--json]
 Print the most likely classes of each image, with the model's confidence.
 MODEL is a run's folder, a checkpoint's folder, a model.safetensors, an exported folder or a .onnx,
 or timm:NAME[@FILE], timm:hf-hub:REPO, open_clip:ARCH@FILE, open_clip:ARCH/TAG or hf-hub:REPO.
-IMAGE is a file or a folder, which is searched with its sub-folders. Unreadable images are named
-and the others are classified; the exit code is then 4.
+IMAGE is a file, a folder, which is searched with its sub-folders, or images of a data source, such
+as hfds:NAME@test or parquet:FOLDER@test. Unreadable images are named and the others are classified;
+the exit code is then 4.
 
 flags:
 {flags}

@@ -1,7 +1,12 @@
-"""Help screens of at most 100 columns, generated from option classes and the settings' schema."""
+"""Help screens, generated from option classes and the settings' schema.
+
+They are made for 100 columns and wrapped anew for a narrower terminal.
+"""
 
 from __future__ import annotations
 
+import re
+import shutil
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
@@ -29,10 +34,89 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 
 def fill(template: str, **blocks: str) -> str:
-    """Return `template` with each {name} replaced by the block of that name; other braces stay."""
+    """Return a screen for this terminal: `template` with each {name} replaced by that block.
+
+    Other braces stay.
+    """
     for name, block in blocks.items():
         template = template.replace("{" + name + "}", block)
-    return template.rstrip()
+    return narrowed(template.rstrip(), shutil.get_terminal_size((WIDTH, 50)).columns)
+
+
+def narrowed(screen: str, columns: int) -> str:
+    """Wrap lines of `screen` that are longer than `columns`, at least 60.
+
+    Second columns stay aligned, paragraphs stay paragraphs, and examples can still be pasted.
+    """
+    columns = max(60, columns)
+    if columns >= WIDTH:
+        return screen
+    return "\n".join(_narrow_entry(entry, columns) for entry in _entries(screen.splitlines()))
+
+
+def _entries(lines: Sequence[str]) -> list[list[str]]:
+    """Group lines: a paragraph, or an entry with what continues it further to the right."""
+    entries: list[list[str]] = []
+    before = ""
+    for line in lines:
+        is_title = _indent_of(before) == 0 and before.endswith(":")
+        continues = before and line and not is_title and not before.endswith("\\")
+        is_paragraph = _indent_of(before) == _indent_of(line) == 0
+        if continues and (is_paragraph or _indent_of(line) > 8):
+            entries[-1].append(line)
+        else:
+            entries.append([line])
+        before = line
+    return entries
+
+
+def _narrow_entry(entry: list[str], columns: int) -> str:
+    if max(map(len, entry)) <= columns:
+        return "\n".join(entry)
+    first, *others = entry
+    indent = _indent_of(first)
+    joined = " ".join([first, *(line.strip() for line in others)])
+    if first.startswith("usage: "):
+        # An optional flag stays together with its values.
+        whole = re.sub(r"\[[^\]]*\]|\S+ \.\.\.", lambda m: m[0].replace(" ", "\0"), joined)
+        return _wrap(whole, columns, " " * 11).replace("\0", " ")
+    if re.match(r" {2}(\w+=\S+ )*dad-fast | {6}-", first):
+        return _narrow_example(joined, columns, " " * (indent + 4))
+    second_column = re.match(r" +\S.*?  +(?=\S)", first)
+    if second_column:
+        column = second_column.end()
+        return _wrap(joined[column:], columns, " " * column, first[:column])
+    if indent and others:
+        # A flag that is too long for the first column.
+        column = _indent_of(others[0])
+        text = " ".join(line.strip() for line in others)
+        return f"{first}\n{_wrap(text, columns, ' ' * column, ' ' * column)}"
+    hanging = _indent_of(others[0]) if others else indent
+    return _wrap(joined, columns, " " * hanging)
+
+
+def _narrow_example(line: str, columns: int, indent: str) -> str:
+    command, mark, comment = line.partition("  # ")
+    # A flag stays together with its first value.
+    whole = re.sub(r"(?<= )(--?[\w-]+) (?=[^-\\])", "\\1\0", command.rstrip())
+    lines = _wrap(whole, columns - 2, indent).replace("\0", " ").splitlines()
+    remark = f"\n{indent}# {comment}" if mark else ""
+    return " \\\n".join(lines) + remark
+
+
+def _wrap(text: str, columns: int, indent: str, first: str = "") -> str:
+    return textwrap.fill(
+        text,
+        columns,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _indent_of(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def option_lines(options: type, *, debug: bool = True) -> str:
@@ -113,7 +197,5 @@ def two_columns(left: str, right: str) -> str:
     """Return `left` and the wrapped text `right` next to it, or below it if `left` is too long."""
     indent = " " * _INDENT
     if len(left) + 4 > _INDENT:
-        below = textwrap.fill(right, WIDTH, initial_indent=indent, subsequent_indent=indent)
-        return f"  {left}\n{below}"
-    first = f"  {left:<{_INDENT - 2}}"
-    return textwrap.fill(right, WIDTH, initial_indent=first, subsequent_indent=indent)
+        return f"  {left}\n{_wrap(right, WIDTH, indent, indent)}"
+    return _wrap(right, WIDTH, indent, f"  {left:<{_INDENT - 2}}")

@@ -88,9 +88,14 @@ class Setting:
         return isinstance(self.default, Switch)
 
     @property
+    def takes_name(self) -> bool:
+        """True for a switch whose value may also be a name."""
+        return self.is_switch and str in typing.get_args(self.type)
+
+    @property
     def choices(self) -> tuple[str, ...]:
         if self.is_switch:
-            return tuple(Switch)
+            return (*Switch, "NAME") if self.takes_name else tuple(Switch)
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
 
     def shown(self, value: Any) -> Any:
@@ -243,10 +248,13 @@ def _coerce(kind: Any, value: Any) -> Any:
     if origin is tuple:
         return _tuple(typing.get_args(kind), value)
     if origin in (typing.Union, types.UnionType):
+        members = typing.get_args(kind)
+        if Switch in members and str in members:
+            return _switch_or_name(value)
         # Text, or a list of texts.
         is_list_text = isinstance(value, str) and value.startswith("[")
         is_list = isinstance(value, list | tuple) or is_list_text
-        for member in typing.get_args(kind):
+        for member in members:
             if (typing.get_origin(member) is tuple) == is_list:
                 return _coerce(member, value)
     if origin is dict:
@@ -289,6 +297,15 @@ def _switch(value: Any) -> Switch:
         return Switch.ON if _bool(value) else Switch.OFF
     except ValueError:
         raise ValueError(f"must be one of {', '.join(Switch)}") from None
+
+
+def _switch_or_name(value: Any) -> Switch | str:
+    try:
+        return _switch(value)
+    except ValueError as error:
+        if isinstance(value, str) and value.isidentifier():
+            return value
+        raise ValueError(f"{error}, or a name") from None
 
 
 def _int(value: Any) -> int:

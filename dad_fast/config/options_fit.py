@@ -23,6 +23,12 @@ class FitOptions:
     val_split: str = option(
         "val", "--val-split NAME", 'for the final figures; "" = training images'
     )
+    val_fraction: float = option(
+        0.0,
+        "--val-fraction F",
+        "share of the training images of each class held out, without a val split",
+        read=fraction,
+    )
     output: str = option("", "-o, --output FILE", "the weights, FILE.safetensors")
     img_size: int = option(
         0,
@@ -45,6 +51,14 @@ class FitOptions:
         read=level_list,
     )
     commitment: float = option(0.25, "--commitment W", "weight of the commitment", read=positive)
+    perceptual: str = option(
+        "",
+        "--perceptual NAME[@FILE]",
+        "add a distance of a timm model's features, such as resnet18",
+    )
+    perceptual_weight: float = option(
+        0.1, "--perceptual-weight W", "weight of that distance", read=positive
+    )
     decay: float = option(0.99, "--decay X", "of the codebook's moving averages", read=fraction)
     epochs: int = option(20, "--epochs N", "length of the training", read=whole_number)
     max_steps: int = option(0, "--max-steps N", "stop after N steps [0: none]", read=at_least(0))

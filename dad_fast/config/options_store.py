@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dad_fast.config.flags import (
     NPROC,
     at_least,
+    fraction,
     option,
     processes_or_auto,
     share,
@@ -82,6 +83,12 @@ class StoreOptions:
         "", "--data-dir DIR", "sheet: show the clean images too; an image folder or embedded:digits"
     )
     split: str = option("train", "--split NAME", "sheet: the split of --data-dir")
+    val_fraction: float = option(
+        0.0,
+        "--val-fraction F",
+        "sheet: share of train that is val, where --data-dir has no val split",
+        read=fraction,
+    )
     discretizer: str = option(
         "", "--discretizer FILE", "sheet: decode the stored codes with the VQGAN that made them"
     )

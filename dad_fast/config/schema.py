@@ -224,10 +224,11 @@ class EngineConfig:
         "capture the step in CUDA graphs; auto falls back to plain calls, and logs why",
         "--cuda-graphs",
     )
-    torchcompile: Switch | bool = setting(
+    torchcompile: Switch | str | bool = setting(
         Switch.AUTO,
-        "torch.compile the student and the teacher; auto: on CUDA in runs of 5,000 steps or more, "
-        "if a trial at start equals eager; on: an error if it does not",
+        "torch.compile the student and the teacher with a backend of torch (on: inductor), which "
+        "must equal eager in a trial; auto: inductor on CUDA in runs of 5,000 steps or more, if it "
+        "does",
         "--torchcompile",
     )
     dist_timeout: float = setting(

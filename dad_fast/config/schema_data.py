@@ -21,7 +21,10 @@ from dad_fast.config.setting import (
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     data_dir: str = setting(
-        "", "images or tars in train/ val/, csv:FILE, embedded:digits", "--data-dir", main=True
+        "",
+        "folder, shards, csv:FILE, hfds:NAME, parquet:PATH, embedded:digits",
+        "--data-dir",
+        main=True,
     )
     train_split: str = setting(
         "train",
@@ -114,8 +117,13 @@ class AugmentConfig:
     aa: str = setting(
         "",
         "policy, as timm writes it: rand-m9-mstd0.5-inc1, v0, original, 3a, augmix-m3-w3; or ta "
-        "(TrivialAugment)",
+        "(TrivialAugment), pixmix-k4-b4, prime",
         "--aa",
+    )
+    pixmix_pictures: str = setting(
+        "",
+        "folder of pictures that --aa pixmix mixes in; empty = fractals, made here",
+        "--pixmix-pictures",
     )
     train_interpolation: Literal["random", "bilinear", "bicubic"] = setting(
         "random", "resampling filter", "--train-interpolation"

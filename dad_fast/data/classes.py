@@ -106,6 +106,11 @@ class ClassMap:
         pairs = zip(folders, readable_names(folders), strict=True)
         return cls(tuple((i, name, text) for i, (name, text) in enumerate(pairs)))
 
+    @classmethod
+    def numbered(cls, count: int) -> ClassMap:
+        """Return `count` classes that are named by their numbers."""
+        return cls(tuple((i, str(i), str(i)) for i in range(count)))
+
     def to_json(self) -> str:
         """Return JSON that UTF-8 can hold, for `from_json`."""
         entries = [list(entry) for entry in self.entries]

@@ -25,17 +25,18 @@ from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
 from dad_fast.engine.choices import COMPILE, Choice, Choices, DeviceFacts, choose, settle
-from dad_fast.engine.compiling import compiled, forms_of, try_compiling
+from dad_fast.engine.compiling import backend_name, compiled, forms_of, try_compiling
 from dad_fast.engine.generator import AttackGenerator, Generator, JointGenerator, Model
 from dad_fast.engine.learner import JointLearner, Learner
 from dad_fast.engine.preflight import (
+    check_backend,
     check_files,
     check_same_classes,
     check_student,
     needed_models,
 )
 from dad_fast.engine.probe.features import FeatureTable
-from dad_fast.engine.probe.pseudo_labels import PseudoLabels, WeakView
+from dad_fast.engine.probe.pseudo_labels import PseudoLabels
 from dad_fast.engine.probe.step import ProbeData, ProbeGenerator, ProbeLearner
 from dad_fast.engine.schedule import total_steps
 from dad_fast.engine.self_test import EVERY_KERNEL, Kernels, choose_kernels, step_cases
@@ -106,6 +107,7 @@ class Builder:
         asked, cfg = cfg, settle(cfg, device)
         check_files(cfg)
         check_student(cfg)
+        check_backend(cfg)
 
         train = self._source(cfg, cfg.data.train_split, training=True)
         val = self._source(cfg, cfg.data.val_split)
@@ -269,8 +271,9 @@ class Builder:
         }
         labels = features = None
         if cfg.lp_clip.labels == "pseudo":
-            view = WeakView(probe.image_size, probe.crop_pct, probe.interpolation, probe.squashed)
-            made = PseudoLabels(probe.encoder, source, view, identity, batch_size, workers, device)
+            made = PseudoLabels(
+                probe.encoder, source, probe.view, identity, batch_size, workers, device
+            )
             labels = self._once(("pseudo-labels", made.key), lambda: made)
         augment = probe_views(cfg.augment, probe)
         fixed = is_fixed(augment)
@@ -331,7 +334,9 @@ def make_step(
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def maybe_compiled(model: Model) -> Model:
-        return compiled(model) if engine.torchcompile else model
+        if not engine.torchcompile:
+            return model
+        return compiled(model, backend_name(engine.torchcompile))
 
     learning: dict[str, Any] = {
         "loss": cfg.loss,

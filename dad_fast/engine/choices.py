@@ -1,8 +1,8 @@
 """Decide the speed settings that are "auto", once per run, and record what a run chose and why.
 
 `choose` is a pure function of facts about the device and the student. The engine gets a copy of the
-settings in which every switch is a plain boolean (`Choices.settled`); files and checkpoints keep
-"auto", so a run may continue on another device.
+settings in which every switch is a plain boolean, or the name of a backend (`Choices.settled`);
+files and checkpoints keep "auto", so a run may continue on another device.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Choices:
     autos: dict[str, Choice]
 
     def settled(self, cfg: Config) -> Config:
-        """Return `cfg` with a boolean in place of every switch."""
-        return with_values(cfg, {path: bool(self._of(cfg, path).value) for path in self.autos})
+        """Return `cfg` with a boolean or a name in place of every switch."""
+        return with_values(cfg, {path: self._of(cfg, path).value for path in self.autos})
 
     def with_choice(self, path: str, choice: Choice) -> Choices:
         """Return these choices with another meaning of auto for one switch."""
@@ -73,8 +73,9 @@ class Choices:
         asked = get(cfg, path)
         if asked == Switch.AUTO:
             return self.autos[path]
-        is_on = asked if isinstance(asked, bool) else Switch(asked) is Switch.ON
-        return Choice(is_on, "asked for")
+        if asked in tuple(Switch):
+            asked = bool(Switch(asked))
+        return Choice(asked, "asked for")
 
 
 def choose(

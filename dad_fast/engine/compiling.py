@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dad_fast.cache import keep_compiled_code_private
 from dad_fast.config.schema import Config
+from dad_fast.config.setting import Switch
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.choices import Choice
 from dad_fast.engine.memory import enough_memory
@@ -42,6 +43,8 @@ log = logging.getLogger("dad_fast.engine")
 
 # Seconds for all models of a run, with --torchcompile auto.
 TIME_LIMIT = 600.0
+# Backend of --torchcompile on and auto.
+INDUCTOR = "inductor"
 # Unit roundoff of TF32's products, relative.
 TF32_EPS = 2.0**-10
 Model = Callable[[Tensor], Tensor]
@@ -61,12 +64,19 @@ class Form(NamedTuple):
     eps: float
 
 
-def compiled(model: AnyModel) -> AnyModel:
+def backend_name(torchcompile: str | bool) -> str:
+    """Return the backend that settled settings ask for."""
+    is_name = isinstance(torchcompile, str) and torchcompile not in tuple(Switch)
+    return str(torchcompile) if is_name else INDUCTOR
+
+
+def compiled(model: AnyModel, backend: str) -> AnyModel:
     """Return the compiled form of a model; it compiles when it is called."""
     keep_compiled_code_private()
     # dynamic=False: sizes are few, and the kernel of a batch must not depend on earlier sizes, or a
     # resume would differ. fallback_random: dropout draws the numbers of eager.
-    made: AnyModel = torch.compile(model, dynamic=False, options={"fallback_random": True})
+    options = {"fallback_random": True} if backend == INDUCTOR else None
+    made: AnyModel = torch.compile(model, backend=backend, dynamic=False, options=options)
     return made
 
 
@@ -78,17 +88,20 @@ def try_compiling(forms: Sequence[Form], cfg: Config, device: torch.device, want
     if not forms:
         return Choice(False, "no model runs in a step")
     start = time.monotonic()
-    if not (why := no_compiler(device)):
+    backend = backend_name(cfg.engine.torchcompile)
+    why = no_compiler(device) if backend == INDUCTOR else ""
+    if not why:
         if distributed.is_main():
             limit = "" if wanted else f", at most {TIME_LIMIT / 60:.0f} minutes"
             print_line(f"compiling {_names(forms)}{limit} (--torchcompile off)")
         with enough_memory(cfg, device):
-            why = _first_problem(forms, device, math.inf if wanted else TIME_LIMIT)
+            why = _first_problem(forms, backend, device, math.inf if wanted else TIME_LIMIT)
     # A failure in one process counts in all.
     why = next(filter(None, distributed.all_gather_json(why)), "")
     seconds = time.monotonic() - start
     if why and wanted:
-        raise EnvironmentProblem(f"--torchcompile on: {why}; use --torchcompile auto")
+        asked = "on" if backend == INDUCTOR else backend
+        raise EnvironmentProblem(f"--torchcompile {asked}: {why}; use --torchcompile auto")
     if why:
         log.warning("torch.compile is off: %s", why)
         return Choice(False, why)
@@ -194,12 +207,14 @@ def no_compiler(device: torch.device) -> str:
     return f"there is no {language} compiler (install {names[0]})"
 
 
-def _first_problem(forms: Iterable[Form], device: torch.device, seconds: float) -> str:
+def _first_problem(
+    forms: Iterable[Form], backend: str, device: torch.device, seconds: float
+) -> str:
     """Return the first problem of the forms within `seconds`, "" if there is none."""
     try:
         with _time_limit(seconds):
             for form in forms:
-                if why := problem(form):
+                if why := problem(form, backend):
                     if torch.cuda.is_initialized():
                         check_that_gpu_answers(f"compiled code of {form.name}", why, "torchcompile")
                     return why
@@ -211,11 +226,11 @@ def _first_problem(forms: Iterable[Form], device: torch.device, seconds: float) 
     return ""
 
 
-def problem(form: Form) -> str:
+def problem(form: Form, backend: str) -> str:
     """Compare a form compiled with eager; return "" or what is wrong with it. Synchronizes."""
     expected = form.compute(form.model)
     try:
-        found = form.compute(compiled(form.model))
+        found = form.compute(compiled(form.model, backend))
         # Half of the digits of the arithmetic agree: roundings add up over the layers.
         tolerance = math.sqrt(form.eps)
         errors = [_error(ours, eager) for ours, eager in zip(found, expected, strict=True)]

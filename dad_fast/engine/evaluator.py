@@ -40,17 +40,14 @@ class Evaluator:
 
         Raises Preempted or Interrupted when a signal asks any process to stop.
         """
-        cfg, student = self.cfg, self.parts.student
+        cfg = self.cfg
         precision = float32_math(tf32=cfg.precision.tf32)
         with precision, self.autocast(), stop_requests():
             return evaluate(
                 model,
                 suite.source,
                 name=suite.name,
-                img_size=student.image_size,
-                crop_pct=student.crop_pct,
-                interpolation=student.interpolation,
-                squashed=student.squashed,
+                view=self.parts.student.view,
                 batch_size=cfg.eval.batch_size or cfg.data.batch_size,
                 workers=cfg.data.workers,
                 device=self.parts.device,

@@ -192,12 +192,9 @@ def _write_sheet(trainer: Trainer, output: Path) -> None:
     rows = readable[spread_over_classes(parts.val.labels[readable], SHEET_ROWS)]
     loader = EvalLoader(
         Subset(parts.val, rows, parts.val.labels[rows]),
-        student.image_size,
-        student.crop_pct,
-        student.interpolation,
+        student.view,
         SHEET_ROWS,
         workers=0,
-        squashed=student.squashed,
     )
     batch = next(iter(loader))
     x = to_pixels(batch.images.to(parts.device))

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dad_fast.config.fields import nearest
 from dad_fast.config.schema import Config, DataConfig
+from dad_fast.config.setting import Switch
+from dad_fast.data.augment.pixmix import check_pictures
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.names import shown, some
@@ -32,6 +35,7 @@ def check_files(cfg: Config) -> None:
     check_sinks(cfg.log_to)
     _check_batch_size(cfg)
     check_splits(cfg)
+    _check_pictures(cfg)
     if cfg.eval.suites:
         check_suites(cfg.eval.suites, cfg.data)
     # With stores, the models that are needed are known only when the stores are open.
@@ -48,6 +52,7 @@ def check_files_to_fill(cfg: Config, discretizer: bool) -> None:
     discretizer: the store holds adversarial images.
     """
     data = cfg.data
+    _check_pictures(cfg)
     if data.class_map:
         ClassMap.from_csv(data.class_map)
     _check_extra_data(data)
@@ -100,10 +105,10 @@ def check_splits(cfg: Config) -> None:
         ClassMap.from_csv(data.class_map)
     _check_extra_data(data)
     if is_named(data.data_dir):
-        for split in (data.train_split, data.val_split):
-            listed = list_split(data, split)
-            if listed is not None and len(listed[0]) < 2:
-                raise DataError(f"--data-dir {data.data_dir}: one class; a classifier needs two")
+        listed = [list_split(data, split) for split in (data.train_split, data.val_split)]
+        classes = [found.classes for found in listed if found is not None]
+        if len(classes) == 2:
+            check_same_classes(cfg, *classes)
         return
     train, val = (find_split(data, split) for split in (data.train_split, data.val_split))
     if train.part and has_no_classes(data):
@@ -131,6 +136,11 @@ def check_splits(cfg: Config) -> None:
 def _check_extra_data(data: DataConfig) -> None:
     if data.extra_data and not Path(data.extra_data).is_dir():
         raise DataError(f"--extra-data {data.extra_data}: no such folder; check the path")
+
+
+def _check_pictures(cfg: Config) -> None:
+    if cfg.augment.pixmix_pictures:
+        check_pictures(cfg.augment.pixmix_pictures)
 
 
 def _check_batch_size(cfg: Config) -> None:
@@ -185,6 +195,21 @@ def check_student(cfg: Config) -> None:
 
     if not METHODS[cfg.method].linear_probe:
         student_model(cfg.student.name)
+
+
+def check_backend(cfg: Config) -> None:
+    """Raise UsageError for a backend of torch.compile that torch does not know."""
+    name = cfg.engine.torchcompile
+    if isinstance(name, bool) or name in tuple(Switch):
+        return
+    # Slow to import.
+    from torch._dynamo import list_backends
+
+    known = [known for known in list_backends(exclude_tags=()) if "TESTING" not in known]
+    if name not in known:
+        usual = ", ".join(list_backends())
+        hint = nearest(name, known) or f"; such as {usual}"
+        raise UsageError(f"--torchcompile {name}: torch has no such backend{hint}")
 
 
 def check_weights(cfg: Config, teacher: bool, discretizer: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dad_fast.config.schema import Config
+from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError
 from dad_fast.models.load_student import load_student, take_view
@@ -26,17 +27,15 @@ from dad_fast.models.weights.files import sha256_file
 class EvalModel:
     """A loaded model: pixels float32 [B, 3, H, W] in [0, 1] -> logits [B, C], C = len(classes).
 
-    name: as given by the user. view: size, share of the resized image kept, filter. squashed:
-    images are squashed to a square instead of cropped. facts: for the JSON record.
+    name: as given by the user. facts: for the JSON record.
     """
 
     name: str
     title: str
     model: Student | Teacher
     classes: ClassMap
-    view: tuple[int, float, str]
+    view: View
     facts: Mapping[str, Any] = field(default_factory=dict)
-    squashed: bool = False
 
 
 def load_subject(
@@ -66,7 +65,6 @@ def load_subject(
     title += f" by {method}" if method else ""
     title += ", EMA" if ema else ""
     title += f", calibrated ({student.calibration})" if student.calibration else ""
-    view = (student.image_size, student.crop_pct, student.interpolation)
     facts = {
         "path": str(path),
         "sha256": sha256_file(path),
@@ -76,7 +74,7 @@ def load_subject(
         "num_parameters": sum(parameter.numel() for parameter in student.parameters()),
         "temperature": student.calibration and student.calibration.temperature,
     }
-    return EvalModel(name, title, student.to(device), classes, view, facts, student.squashed)
+    return EvalModel(name, title, student.to(device), classes, student.view, facts)
 
 
 def of_teacher(teacher: Teacher) -> EvalModel:
@@ -87,9 +85,7 @@ def of_teacher(teacher: Teacher) -> EvalModel:
         "seen": teacher.provenance,
         "squashed": teacher.squashed,
     }
-    view = (teacher.image_size, teacher.crop_pct, teacher.interpolation)
-    name, classes, squashed = teacher.name, teacher.classes, teacher.squashed
-    return EvalModel(name, name, teacher, classes, view, facts, squashed)
+    return EvalModel(teacher.name, teacher.name, teacher, teacher.classes, teacher.view, facts)
 
 
 def _check_same(weights: Path, classes: ClassMap, class_map: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dad_fast.data.augment.mixing import to_pixels
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import Source
 from dad_fast.distributed import process_group as distributed
@@ -42,7 +43,6 @@ from dad_fast.evaluate.suites.published import C_SIDE, C_VIEWS
 __all__ = ["Result", "Suite", "evaluate", "open_suites", "records_of"]
 
 Model = Callable[[Tensor], Tensor]
-View = tuple[int, float, str]
 # Pixels [B, 3, H, W] and keys of the images [B] -> pixels for the model.
 Transform = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,9 +51,7 @@ def evaluate(
     model: Model,
     source: Source | EvalSet,
     *,
-    img_size: int,
-    crop_pct: float,
-    interpolation: str,
+    view: View,
     batch_size: int,
     workers: int,
     device: torch.device,
@@ -62,19 +60,16 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     dali: bool = False,
     stopped: str = "stopped while evaluating",
-    squashed: bool = False,
 ) -> Result:
     """Evaluate `model` on a suite.
 
-    model: pixels float32 [B, 3, img_size, img_size] in [0, 1] on `device` -> logits [B, C].
-    A module is in eval mode meanwhile. With several processes all of them must call this, and all
+    model: pixels float32 [B, 3, H, W] in [0, 1] on `device` -> logits [B, C]. A module is in eval mode meanwhile. With several processes all of them must call this, and all
     get the whole result.
 
     Args:
+        view: the model's, unless the suite has crop and filter of its own.
         progress: called with (images done, all images).
         dali: decode with DALI instead of PIL.
-        squashed: squash images to a square instead of a centre crop, unless the suite has a view of
-            its own.
         stopped: message of Preempted and Interrupted.
 
     Raises:
@@ -83,8 +78,7 @@ def evaluate(
             raised after the next batch, in all processes.
     """
     eval_set = as_eval_set(source)
-    view = (img_size, *(eval_set.view or (crop_pct, interpolation)))
-    squashed = squashed and not eval_set.view
+    view = eval_set.view_for(view)
     records, num_outputs = records_of(
         model,
         eval_set,
@@ -96,11 +90,10 @@ def evaluate(
         progress,
         dali,
         stopped,
-        squashed,
     )
     facts: dict[str, Any] = {
         "skipped": sum(int((~piece.ok).sum()) for piece in eval_set.pieces),
-        "protocol": protocol(eval_set, view, squashed) + ("; decoded by DALI" if dali else ""),
+        "protocol": protocol(eval_set, view) + ("; decoded by DALI" if dali else ""),
     }
     if eval_set.parts:
         facts |= _corruption_facts(eval_set, records)
@@ -119,12 +112,10 @@ def records_of(
     progress: Callable[[int, int], None] | None = None,
     dali: bool = False,
     stopped: str = "stopped while evaluating",
-    squashed: bool = False,
 ) -> tuple[Records, int]:
     """Return the model's scores of each image, and the number of its outputs that compete.
 
-    view, squashed: size, share kept and filter of an image, and whether it is squashed to a square.
-    See `evaluate` for the rest.
+    view: of the images. See `evaluate` for the rest.
     """
     pieces = [piece.taken(piece.ok) for piece in eval_set.pieces]
     total = sum(map(len, pieces))
@@ -150,7 +141,6 @@ def records_of(
         advance,
         dali,
         poll,
-        squashed,
     )
     was_training = isinstance(model, torch.nn.Module) and model.training
     if isinstance(model, torch.nn.Module):
@@ -182,7 +172,6 @@ class _Scorer:
     advance: Callable[[int], None]
     dali: bool
     poll: _Poll
-    squashed: bool
     num_outputs: int = 0
 
     def scores(self, piece: Subset) -> Tensor:
@@ -201,8 +190,7 @@ class _Scorer:
         polls = 0
         pin_memory = device.type == "cuda"
         loader = _loader(self.dali, device)
-        options = {"pin_memory": pin_memory, "squashed": self.squashed}
-        batches: Any = iter(loader(mine, *self.view, self.batch_size, self.workers, **options))
+        batches: Any = iter(loader(mine, self.view, self.batch_size, self.workers, pin_memory))
         # Closes the loader's processes also after a failure or a stop.
         with closing(batches):
             for batch in batches:
@@ -299,9 +287,9 @@ def _transforms(corruption: Corruption | None) -> list[Transform]:
     return [at(severity) for severity in severities]
 
 
-def protocol(eval_set: EvalSet, view: View, squashed: bool = False) -> str:
+def protocol(eval_set: EvalSet, view: View) -> str:
     """Describe the preprocessing of an image, followed by the note of the suite."""
-    size, crop_pct, interpolation = view
+    size, crop_pct, interpolation, squashed = view
     how = "squash to" if squashed else "resize"
     steps = f"{how} {math.floor(size / crop_pct)} {interpolation}, crop {size}"
     if eval_set.parts:

@@ -149,7 +149,8 @@ class OpenSink:
         while (call := self._calls.get()) is not None:
             try:
                 call()
-            except Exception as error:
+            except BaseException as error:
+                # A library that calls sys.exit would end this thread without a word.
                 self.problem = _describe(error)
                 return
 
@@ -184,7 +185,7 @@ def _run_name(folder: Path) -> str:
     return "/".join(parts[-3:] if parts[-1].startswith("seed-") else parts[-1:])
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """Return an exception as one short line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dad_fast.config.schema import AttackConfig
 from dad_fast.discretizers.base import Discretized, Discretizer
+from dad_fast.errors import UsageError
 from dad_fast.kernels.pgd_update import l2_norm, pgd_update, project, reference
 from dad_fast.methods.noise import keyed_normal, keyed_uniform
 from dad_fast.models.float32 import float32_math
@@ -49,6 +50,10 @@ class PGD:
     steps: int = 1
     random_start: float = 0.8
     fused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("l2", "linf"):
+            raise UsageError(f"PGD: norm {self.norm!r}: must be l2 or linf")
 
     @classmethod
     def from_config(cls, cfg: AttackConfig, fused: bool = False) -> PGD:

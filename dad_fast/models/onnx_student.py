@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dad_fast.data.augment.view import View
 from dad_fast.errors import DataError, EnvironmentProblem
 from dad_fast.models.weights.declared import checked_view
 
@@ -63,6 +64,11 @@ class OnnxStudent:
         self.crop_pct = view["crop_pct"]
         self.interpolation = view["interpolation"]
         self.squashed = view["squashed"]
+
+    @property
+    def view(self) -> View:
+        """Return the evaluation view that belongs to the weights."""
+        return View(self.image_size, self.crop_pct, self.interpolation, self.squashed)
 
     def _check_shapes(self, path: str | Path, view: dict[str, Any]) -> None:
         tensors = (*self._session.get_inputs(), *self._session.get_outputs())

@@ -22,16 +22,24 @@ def checkpoint_file(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
+        runs = _runs_in(path.parent)
+        # Several seeds of one method lie in OUT/METHOD/seed-S, not in OUT/seed-S.
+        alike = [run for run in runs if run.name == path.name]
+        near = f"{path.parent} has {(alike or runs)[0]}; " if runs else ""
         raise DataError(
-            f"{path}: no such checkpoint; "
+            f"{path}: no such checkpoint; {near}"
             "name a run's folder, a checkpoint folder or a weights file"
         )
     for inside in ("model.safetensors", "checkpoints/latest/model.safetensors"):
         if (path / inside).is_file():
             return path / inside
-    runs = sorted(p.parent for p in path.glob("*/seed-*/model.safetensors"))
+    runs = _runs_in(path)
     several = f"; it holds several runs, such as {runs[0]}" if runs else ""
     raise DataError(f"{path}: no model.safetensors and no checkpoints/latest here{several}")
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(file.parent for file in folder.glob("*/seed-*/model.safetensors"))
 
 
 def run_settings(weights: Path) -> tuple[Config | None, Path]:

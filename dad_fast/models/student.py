@@ -20,9 +20,15 @@ from torch import Tensor, nn
 
 from dad_fast.config.fields import nearest
 from dad_fast.config.schema import StudentConfig
+from dad_fast.data.augment.view import View
 from dad_fast.data.sources.names import shown
 from dad_fast.errors import DadFastError, DataError, EnvironmentProblem, UsageError
 from dad_fast.models import own_modules
+from dad_fast.models.grad_checkpointing import (
+    checkpoint_gradients,
+    is_checkpointed,
+    keep_statistics,
+)
 from dad_fast.models.places import checkpoint_file
 from dad_fast.models.registry import MODULE
 from dad_fast.models.weights.declared import (
@@ -99,7 +105,15 @@ class Student(nn.Module):
         self.register_buffer("mean", torch.tensor(spec["mean"]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"]).view(1, -1, 1, 1), persistent=False)
 
+    @property
+    def view(self) -> View:
+        """Return the evaluation view that belongs to the weights."""
+        return View(self.image_size, self.crop_pct, self.interpolation, self.squashed)
+
     def forward(self, pixels: Tensor) -> Tensor:
+        if not pixels.is_floating_point():
+            # Else pixels of 0 to 255 would give logits that look like any others.
+            raise TypeError(f"{self.name}: pixels are {pixels.dtype}; give floats in [0, 1]")
         return self.calibrated(self.model((pixels - self.mean) / self.std))
 
     def calibrated(self, logits: Tensor) -> Tensor:
@@ -153,7 +167,7 @@ def build_student(
             )
         student.model = convert_splitbn_model(student.model, num_splits=num_groups)
     if cfg.grad_checkpointing:
-        _checkpoint_gradients(student, cfg.name)
+        checkpoint_gradients(student.model, cfg.name)
     return student
 
 
@@ -210,17 +224,6 @@ def _timm_student(cfg: StudentConfig, num_classes: int, img_size: int) -> Studen
         if weights:
             load_student_weights(student, weights)
     return student
-
-
-def _checkpoint_gradients(student: Student, name: str) -> None:
-    """Turn on timm's gradient checkpointing. Raises UsageError for a model without it."""
-    model: Any = student.model
-    try:
-        model.set_grad_checkpointing(True)
-    except (AssertionError, AttributeError):
-        raise UsageError(
-            f"--student {name}: timm cannot checkpoint its gradients; leave --grad-checkpointing out"
-        ) from None
 
 
 def _warn_of_cut(name: str, model: nn.Module, img_size: int) -> None:
@@ -387,4 +390,8 @@ def share_batch_norm(student: Student, device: torch.device) -> None:
             f"--sync-bn: torch synchronizes batch norms on CUDA only, and the run is on {device}; "
             "leave it out"
         )
+    checkpointed = is_checkpointed(student.model)
+    # New modules, without the hooks of the old ones.
     student.model = convert_sync_batchnorm(student.model)
+    if checkpointed:
+        keep_statistics(student.model)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dad_fast.config.schema import PrecisionConfig, TeacherConfig
+from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DadFastError
 
@@ -94,6 +95,11 @@ class Teacher(nn.Module):
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def view(self) -> View:
+        """Return the evaluation view that belongs to the weights."""
+        return View(self.image_size, self.crop_pct, self.interpolation, self.squashed)
 
     @property
     def members(self) -> list[Teacher]:

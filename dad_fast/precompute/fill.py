@@ -19,6 +19,7 @@ from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import Config
 from dad_fast.data.augment.mixing import mix, soft_targets, to_pixels
 from dad_fast.data.augment.records import uses_mixing
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.blocks import ImageBlock, blocks
 from dad_fast.data.loaders.steps import TrainSteps
 from dad_fast.data.loaders.workers import iterate
@@ -69,7 +70,7 @@ class AdversarialFiller:
         source: Source,
         teacher: Teacher,
         discretizer: Discretizer,
-        view: dict[str, Any],
+        view: View,
         settings: dict[str, Any],
         hashes: dict[str, str | None],
         device: torch.device,
@@ -84,7 +85,7 @@ class AdversarialFiller:
         self.images = launch.images
         self.unlabelled = bool((source.labels == UNLABELLED).any())
         self.unreadable: list[str] = []
-        side = view["img_size"]
+        side = view.image_size
         codes = discretizer(torch.zeros(1, 3, side, side, device=device)).codes
         self.manifest = make_manifest(
             cfg,
@@ -95,7 +96,7 @@ class AdversarialFiller:
             {
                 **settings,
                 "attack": asdict(cfg.attack),
-                "images": view,
+                "images": view.record(),
                 "discretizer": hashes["discretizer"] or discretizer.name,
             },
             code_bits=discretizer.code_bits,
@@ -109,8 +110,8 @@ class AdversarialFiller:
             self.source,
             [block.number for block in rows],
             self.manifest.block_size,
-            **self.view,
-            workers=self.cfg.data.workers,
+            self.view,
+            self.cfg.data.workers,
             pin_memory=self.device.type == "cuda",
         )
 

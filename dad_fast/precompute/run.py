@@ -16,6 +16,7 @@ import numpy as np
 from dad_fast.config import Config
 from dad_fast.config.options import StoreLaunch
 from dad_fast.config.schema import StudentConfig
+from dad_fast.data.augment.view import View
 from dad_fast.data.sources.unlabelled import open_training
 from dad_fast.distributed import process_group as distributed
 from dad_fast.distributed.device import resolve_device
@@ -115,33 +116,27 @@ def make_builder(cfg: Config, launch: StoreLaunch) -> StoreBuilder:
         }
     view = _view(cfg, len(source.classes), teacher.image_size)
     if launch.targets:
-        return TargetFiller(
-            cfg, launch, source, teacher, view["img_size"], settings, hashes, device
-        )
+        return TargetFiller(cfg, launch, source, teacher, view.image_size, settings, hashes, device)
     discretizer, hashes["discretizer"] = frozen.discretizer(cfg, device)
     batch_size = cfg.data.batch_size
-    choose_kernels(cfg.engine, device, (), discretizer, view["img_size"], batch_size)
+    choose_kernels(cfg.engine, device, (), discretizer, view.image_size, batch_size)
     return AdversarialFiller(
         cfg, launch, source, teacher, discretizer, view, settings, hashes, device
     )
 
 
-def _view(cfg: Config, num_classes: int, teacher_size: int) -> dict[str, Any]:
+def _view(cfg: Config, num_classes: int, teacher_size: int) -> View:
     """Return the student's evaluation transform.
 
     Without a student: the teacher's size and timm's usual crop.
     """
     aug = cfg.augment
-    size, crop_pct, interpolation = teacher_size, 0.875, "bicubic"
+    view = View(teacher_size, 0.875, "bicubic")
     if cfg.student.name:
         architecture = StudentConfig(name=cfg.student.name, model_kwargs=cfg.student.model_kwargs)
         student = build_student(architecture, num_classes, aug.img_size)
-        size, crop_pct, interpolation = student.image_size, student.crop_pct, student.interpolation
-    return {
-        "img_size": aug.img_size or size,
-        "crop_pct": aug.crop_pct or crop_pct,
-        "interpolation": aug.interpolation or interpolation,
-    }
+        view = student.view
+    return view.with_settings(aug)
 
 
 def _estimate(filler: StoreBuilder, world: int, folder: Path) -> int:

@@ -165,7 +165,9 @@ class Stored:
     ) -> None:
         """Check that stored outputs on clean images are of the run's views. Raises DataError."""
         settings = targets.manifest.settings
-        theirs = settings["augment"] | {"img_size": settings["img_size"]}
+        # Settings that are newer than the store had their default.
+        theirs = view_settings(AugmentConfig()) | settings["augment"]
+        theirs |= {"img_size": settings["img_size"]}
         ours = view_settings(augment) | {"img_size": img_size}
         if mix_outputs:
             their_mixing = {name: theirs.get(name, 0.0) for name in MIXING}

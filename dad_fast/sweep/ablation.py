@@ -30,6 +30,12 @@ from dad_fast.errors import UsageError
 from dad_fast.methods.registry import DISTANCES, METHODS, Target
 from dad_fast.models.registry import split_names
 
+# Of the axis "augmentation"
+POLICIES = (
+    *("none", "rand-m9-mstd0.5-inc1", "v0", "ta", "3a", "augmix-m3-w3"),
+    *("pixmix-k4-b4", "prime"),
+)
+
 Changes = dict[str, Any]  # setting's path -> value
 Cells = dict[str, Changes]
 
@@ -143,7 +149,7 @@ def _strengths(base: Config, values: Sequence[str]) -> Cells:
 
 
 def _augmentations(base: Config, values: Sequence[str]) -> Cells:
-    policies = values or ("none", "rand-m9-mstd0.5-inc1", "v0", "ta", "3a", "augmix-m3-w3")
+    policies = values or POLICIES
     return {
         f"aa={_slug(name)}": {"augment.aa": "" if name == "none" else name} for name in policies
     }
@@ -185,7 +191,7 @@ AXES = {
         "lp_clip.threshold: --thresholds X ... [0.5, 0.8, 0.95]", _thresholds, "--thresholds"
     ),
     "augmentation": Axis(
-        "--aa: --augmentations A B ... [none, rand-m9-mstd0.5-inc1, v0, ta, 3a, augmix-m3-w3]",
+        f"--aa: --augmentations A B ... [{', '.join(POLICIES)}]",
         _augmentations,
         "--augmentations",
     ),

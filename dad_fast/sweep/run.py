@@ -12,6 +12,7 @@ from typing import Any
 
 from dad_fast.checkpoint.common import resume_steps
 from dad_fast.config import Config, Launch, to_toml
+from dad_fast.data.augment.view import View
 from dad_fast.distributed import process_group as distributed
 from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.finish import finish
@@ -78,8 +79,10 @@ def _run_locked(sweep: Sweep, launch: Launch) -> int:
         show_tables(sweep)
     elif main:
         print_table(read_record(output / "results.json"))
+        # Only methods that attack images write it.
+        sheet = ", sheet.png" if (output / "sheet.png").exists() else ""
         print_line(
-            f"{output}: model.safetensors, results.json, report.html, sheet.png and logs; "
+            f"{output}: model.safetensors, results.json, report.html{sheet} and logs; "
             f"run `dad-fast eval {output}` to evaluate on more test sets"
         )
     distributed.barrier()
@@ -112,13 +115,6 @@ class _Member:
     suites: list[Suite]
     resume: str
     trainer: Trainer | None = None
-
-    @property
-    def view(self) -> tuple[Any, ...]:
-        """How images are shown to the student, and to its teacher in evaluations."""
-        student = self.parts.student
-        size, crop = student.image_size, student.crop_pct
-        return size, crop, student.interpolation, student.squashed
 
     def make_trainer(self, launch: Launch) -> Trainer:
         run, allow = self.run, launch.allow_config_change
@@ -157,7 +153,8 @@ def train_runs(
         for run in runs:
             stack.enter_context(distributed.main_locks(run.folder))
         members = [_member(*one, launch, builder) for one in zip(runs, labels, strict=True)]
-        by_view = {members[0].view: teacher_results}
+        # The teacher is evaluated on what the student sees.
+        by_view = {members[0].parts.student.view: teacher_results}
         records: dict[Path, dict[str, Any]] = {}
         left = []
         for member in members:
@@ -218,7 +215,7 @@ def _groups(members: Sequence[_Member]) -> list[list[_Member]]:
 def _train_group(
     members: Sequence[_Member],
     launch: Launch,
-    by_view: dict[tuple[Any, ...], dict[str, Any]],
+    by_view: dict[View, dict[str, Any]],
 ) -> tuple[dict[Path, dict[str, Any]], list[NotFinite]]:
     """Train and evaluate runs at one step.
 
@@ -242,7 +239,7 @@ def _train_group(
                 continue
             summary = trainer.summary()
             summary["store_seconds"] = sum(map(store_seconds, trainer.cfg.store.dirs))
-            known = by_view.setdefault(member.view, {})
+            known = by_view.setdefault(member.parts.student.view, {})
             with trainer.own_random():
                 records[member.run.folder] = finish(
                     trainer, member.run.variant, member.suites, summary, known

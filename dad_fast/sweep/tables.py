@@ -83,4 +83,7 @@ def show_tables(sweep: Sweep) -> None:
         print_table(record)
     write_report(output)
     plot = "plot.svg, " if sweep.ablation else ""
-    print_line(f"{output}: table.md, {plot}report.html, results.json, and a folder for each run")
+    print_line(
+        f"{output}: table.md, {plot}report.html, results.json, and a folder for each run, such as "
+        f"{sweep.runs[0].folder}"
+    )

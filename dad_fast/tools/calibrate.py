@@ -11,6 +11,7 @@ import torch
 
 from dad_fast.config import Config
 from dad_fast.data.augment.mixing import to_pixels
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.metrics.temperature import fit_temperature, mean_nll
@@ -39,7 +40,7 @@ def fit(
     subject: EvalModel,
     eval_set: EvalSet,
     split: str,
-    view: tuple[int, float, str],
+    view: View,
     batch_size: int,
     workers: int,
     device: torch.device,
@@ -53,7 +54,7 @@ def fit(
     images = images.taken(images.ok)
     logits, labels, done = [], [], 0
     subject.model.eval()
-    for batch in EvalLoader(images, *view, batch_size, workers):
+    for batch in EvalLoader(images, view, batch_size, workers):
         logits.append(subject.model(to_pixels(batch.images.to(device))).float().cpu().numpy())
         labels.append(batch.labels.numpy())
         done += len(batch.labels)

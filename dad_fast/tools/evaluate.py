@@ -12,6 +12,7 @@ from typing import Any
 
 from dad_fast.config.fields import nearest
 from dad_fast.config.options import EvalLaunch
+from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.choose import check_dali
 from dad_fast.distributed import process_group as distributed
@@ -253,17 +254,13 @@ class Evaluation:
         return found
 
     def result(self, subject: EvalModel, suite: Suite) -> Result:
-        size, crop_pct, interpolation = self.view(subject)
         with stop_requests():
             return evaluate(
                 subject.model,
                 suite.source,
                 name=suite.name,
                 corruption=suite.corruption,
-                img_size=size,
-                crop_pct=crop_pct,
-                interpolation=interpolation,
-                squashed=subject.squashed,
+                view=self.view(subject),
                 batch_size=self.batch_size,
                 workers=self.cfg.data.workers,
                 device=self.device,
@@ -288,13 +285,11 @@ class Evaluation:
         assert known is not None
         ood = {}
         for label, eval_set, corruption in sets:
-            size, crop_pct, interpolation = self.view(subject)
-            view = (size, *(eval_set.view or (crop_pct, interpolation)))
             with stop_requests():
                 unknown, _ = records_of(
                     subject.model,
                     eval_set,
-                    view,
+                    eval_set.view_for(self.view(subject)),
                     self.batch_size,
                     self.cfg.data.workers,
                     self.device,
@@ -302,7 +297,6 @@ class Evaluation:
                     _progress(label),
                     self.dali,
                     STOPPED,
-                    subject.squashed and not eval_set.view,
                 )
             ood[label] = detect(known, unknown)
         return ood
@@ -321,9 +315,8 @@ class Evaluation:
         uncorrupted = (suite.name for suite in suites if suite.corruption is None)
         return wanted or next(uncorrupted, known[0])
 
-    def view(self, subject: EvalModel) -> tuple[int, float, str]:
-        aug, (size, crop_pct, interpolation) = self.cfg.augment, subject.view
-        return aug.img_size or size, aug.crop_pct or crop_pct, aug.interpolation or interpolation
+    def view(self, subject: EvalModel) -> View:
+        return subject.view.with_settings(self.cfg.augment)
 
     @property
     def batch_size(self) -> int:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import EXTENSIONS, DecodeError, read_rgb
 from dad_fast.data.sources.names import shown
+from dad_fast.data.sources.registry import LISTINGS, SOURCES, find_listing
 from dad_fast.distributed.device import resolve_device
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.models import load_subject
@@ -35,8 +37,10 @@ from dad_fast.models.teacher import Teacher
 from dad_fast.models.timm_teacher import hub_classes
 from dad_fast.models.weights.declared import CLASSES, recorded_classes
 
-# All have the view of their images: image_size, crop_pct, interpolation.
+# All have the view of their images.
 Classifier = Student | Teacher | OnnxStudent
+# The name of an image, and what PIL opens.
+Picture = tuple[str, str | Path | BytesIO]
 Predictions = list[tuple[float, int]]  # confidence and class, the most likely first
 
 
@@ -50,8 +54,8 @@ def run(options: PredictOptions) -> int:
     show = _json_line if options.json else _text_line
     done = failed = 0
     images = find_images(options.images)
-    while paths := list(islice(images, options.batch_size)):
-        for path, found in zip(paths, predict(model, paths, options.top, device), strict=True):
+    while taken := list(islice(images, options.batch_size)):
+        for (path, _), found in zip(taken, predict(model, taken, options.top, device), strict=True):
             done += 1
             if isinstance(found, DecodeError):
                 failed += 1
@@ -95,15 +99,20 @@ def _mention(calibration: Calibration | None) -> None:
         print(f"confidences are calibrated: {calibration}", file=sys.stderr)
 
 
-def find_images(names: Sequence[str]) -> Iterator[str]:
-    """Yield the named files, and in named folders all image files by path; links to folders are not
-    followed.
+def find_images(names: Sequence[str]) -> Iterator[Picture]:
+    """Yield the named files, in named folders all image files by path, and the images of data
+    sources (`hfds:NAME@test`); links to folders are not followed.
 
     Raises DataError for a folder without images.
     """
     for name in names:
+        source = ":" in name and SOURCES.split(name)[0] in LISTINGS and not os.path.exists(name)
+        listing = find_listing(name) if source else None
+        if listing is not None:
+            yield from listing.contents("")
+            continue
         if not os.path.isdir(name):
-            yield name
+            yield name, name
             continue
         inside = False
         for folder, folders, files in os.walk(name):
@@ -111,35 +120,32 @@ def find_images(names: Sequence[str]) -> Iterator[str]:
             for file in sorted(files):
                 if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
                     inside = True
-                    yield os.path.join(folder, file)
+                    path = os.path.join(folder, file)
+                    yield path, path
         if not inside:
             raise DataError(f"{shown(name)}: no images in this folder ({', '.join(EXTENSIONS)})")
 
 
 @torch.no_grad()
 def predict(
-    model: Classifier, paths: Sequence[str], top: int, device: torch.device
+    model: Classifier, images: Sequence[Picture], top: int, device: torch.device
 ) -> list[Predictions | DecodeError]:
     """Return the `top` predictions of each image, or the error of an unreadable one."""
 
-    def read(path: str) -> np.ndarray | DecodeError:
+    def read(image: Picture) -> np.ndarray | DecodeError:
+        name, file = image
         try:
-            return eval_transform(
-                read_rgb(path),
-                model.image_size,
-                model.crop_pct,
-                model.interpolation,
-                model.squashed,
-            )
+            shown_as = "" if isinstance(file, (str, Path)) else shown(name)
+            return eval_transform(read_rgb(file, shown_as), *model.view)
         except DecodeError as error:
             return error
 
     with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
-        images = list(pool.map(read, paths))
+        views = list(pool.map(read, images))
     found: list[Predictions | DecodeError] = [
-        image if isinstance(image, DecodeError) else [] for image in images
+        view if isinstance(view, DecodeError) else [] for view in views
     ]
-    pixels = [image for image in images if not isinstance(image, DecodeError)]
+    pixels = [view for view in views if not isinstance(view, DecodeError)]
     if pixels:
         # uint8 [B, 3, H, W]
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
@@ -147,8 +153,8 @@ def predict(
         shares = call(to_pixels(batch.to(device))).float().softmax(1)
         best = shares.topk(min(top, model.num_classes))
         predictions = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        for i, image in enumerate(images):
-            if not isinstance(image, DecodeError):
+        for i, view in enumerate(views):
+            if not isinstance(view, DecodeError):
                 found[i] = list(zip(*next(predictions), strict=True))
     return found
 

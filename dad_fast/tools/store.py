@@ -80,7 +80,7 @@ def _sheet(given: StoreOptions) -> int:
         columns["decoded"] = _decode(store, rows, view, given.discretizer)
     if given.data_dir:
         size = next(iter(columns.values())).shape[1]
-        columns = {"clean": _clean(store, rows, view, given.data_dir, given.split, size), **columns}
+        columns = {"clean": _clean(store, rows, view, given, size), **columns}
 
     names = manifest.class_map.names
     captions = []
@@ -132,21 +132,23 @@ def _decode(store: AdversarialStore, rows: np.ndarray, view: int, name: str) -> 
 
 
 def _clean(
-    store: AdversarialStore, rows: np.ndarray, view: int, data_dir: str, split: str, size: int
+    store: AdversarialStore, rows: np.ndarray, view: int, given: StoreOptions, size: int
 ) -> np.ndarray:
     """Load the samples from the data with the crop that the store was made with; uint8 [n, size,
     size, 3].
     """
+    from dad_fast.config.schema import DataConfig
     from dad_fast.data.augment.execute import eval_transform
     from dad_fast.data.sources.decode import DecodeError
-    from dad_fast.data.sources.registry import open_source
+    from dad_fast.data.sources.splits import open_split
 
-    source = open_source(data_dir, split, classes=store.manifest.class_map)
+    data = DataConfig(data_dir=given.data_dir, val_fraction=given.val_fraction)
+    source = open_split(data, given.split, classes=store.manifest.class_map)
     sample_of = {key.tobytes(): sample for sample, key in enumerate(hash_keys(source.keys))}
     wanted = [sample_of.get(key.tobytes(), -1) for key in store.keys(rows, view)]
     if -1 in wanted:
         raise DataError(
-            f"--data-dir {data_dir} --split {split}: lacks samples that {store.folder} holds; was "
+            f"--data-dir {given.data_dir} --split {given.split}: lacks samples that {store.folder} holds; was "
             "it made from this data?"
         )
     crop = store.manifest.settings.get("images", {})
@@ -157,6 +159,10 @@ def _clean(
         except DecodeError:
             continue  # black, as in the store
         images[i] = eval_transform(
-            image, size, crop.get("crop_pct", 1.0), crop.get("interpolation", "bicubic")
+            image,
+            size,
+            crop.get("crop_pct", 1.0),
+            crop.get("interpolation", "bicubic"),
+            crop.get("squashed", False),
         )
     return images

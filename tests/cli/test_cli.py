@@ -15,6 +15,7 @@ import pytest
 from dad_fast import errors
 from dad_fast.cli import main as cli
 from dad_fast.cli import train as train_flags
+from dad_fast.cli.screen import narrowed
 from dad_fast.config import Config, Launch, options, to_toml
 from dad_fast.config.fields import settings
 from dad_fast.config.flags import options_of
@@ -157,6 +158,8 @@ def test_resume_of_a_folder_uses_its_settings_and_overrides(
         (["{file}", "--torchcompile", "--amp"], "on", "on"),
         (["--amp", "off", "{file}"], "off", "auto"),
         (["--amp=auto", "--torchcompile", "on"], "auto", "on"),
+        (["--torchcompile", "inductor", "{file}"], "auto", "inductor"),
+        (["--torchcompile=aot_eager", "--amp", "{file}"], "on", "aot_eager"),
     ],
 )
 def test_a_switch_without_a_value_means_on(
@@ -284,6 +287,32 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], line: str) -> No
     text = capsys.readouterr().out
     assert text.startswith("usage: dad-fast")
     assert len(text.splitlines()) <= 50 and max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS, "train --help-all"])
+def test_help_fits_a_narrow_terminal(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screens = []
+    for columns in ("100", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert cli.main([*command.split(), "-h"]) == 0
+        screens.append(capsys.readouterr().out)
+    wide, narrow = screens
+    assert max(map(len, narrow.splitlines())) <= 80
+    # Examples that go on in the next line can still be pasted.
+    assert narrow.replace("\\\n", "").split() == wide.replace("\\\n", "").split()
+
+
+def test_an_example_keeps_its_flags_and_its_comment_in_a_narrow_terminal() -> None:
+    example = (
+        "  dad-fast train --preset demo --seeds 5 --teacher embedded:digits -o runs/demo  # five"
+    )
+    assert narrowed(example, 60).splitlines() == [
+        "  dad-fast train --preset demo --seeds 5 \\",
+        "      --teacher embedded:digits -o runs/demo",
+        "      # five",
+    ]
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

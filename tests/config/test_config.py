@@ -139,6 +139,14 @@ def test_switches_read_files_of_earlier_versions(text: str, expected: str) -> No
     assert from_toml(to_toml(cfg)) == cfg
 
 
+def test_torchcompile_takes_the_name_of_a_backend() -> None:
+    cfg = from_toml("[engine]\ntorchcompile = 'aot_eager'")
+    assert cfg.engine.torchcompile == "aot_eager" and from_toml(to_toml(cfg)) == cfg
+    for value in ("'a b'", "2.5", "''"):
+        with pytest.raises(UsageError, match="--torchcompile.*auto, on, off, or a name, got"):
+            from_toml(f"[engine]\ntorchcompile = {value}")
+
+
 def test_types_from_toml(tmp_path: Path) -> None:
     file = write(
         tmp_path,

@@ -14,6 +14,7 @@ pytest.importorskip("nvidia.dali")
 
 from dad_fast.cli import main as cli
 from dad_fast.config.schema import StudentConfig
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.dali import evaluation as dali_evaluation
 from dad_fast.data.loaders.dali.evaluation import DaliEvalLoader
 from dad_fast.data.loaders.loader import EvalLoader
@@ -42,7 +43,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_pixels_are_close_to_pil(photos: Path, interpolation: str) -> None:
     source = open_source(str(photos), "val")
-    view = (32, 0.875, interpolation, 5, 0)
+    view = (View(32, 0.875, interpolation), 5, 0)
     loader = DaliEvalLoader(source, *view, device=CPU)
     for ours, theirs in zip(EvalLoader(source, *view), loader, strict=True):
         assert torch.equal(ours.labels, theirs.labels) and torch.equal(ours.samples, theirs.samples)
@@ -59,7 +60,7 @@ def test_pixels_are_close_to_pil(photos: Path, interpolation: str) -> None:
 def test_pil_makes_a_batch_that_dali_cannot(photos: Path) -> None:
     """Every image still comes once, in order, when batches fail in the middle of a pass."""
     source = open_source(str(photos), "val")
-    loader = DaliEvalLoader(source, 32, 0.875, "bilinear", 4, 0, device=CPU)
+    loader = DaliEvalLoader(source, View(32, 0.875, "bilinear"), 4, 0, device=CPU)
     original, calls = loader._images, []
 
     def fails_once(pipeline, planned):
@@ -73,13 +74,13 @@ def test_pil_makes_a_batch_that_dali_cannot(photos: Path) -> None:
     assert loader.failed_over == 1 and len(calls) == 3
     assert torch.equal(torch.cat([batch.samples for batch in batches]), torch.arange(12))
     assert torch.equal(
-        batches[1].images, list(EvalLoader(source, 32, 0.875, "bilinear", 4, 0))[1].images
+        batches[1].images, list(EvalLoader(source, View(32, 0.875, "bilinear"), 4, 0))[1].images
     )
 
 
 def test_repeated_dali_failures_end_the_evaluation(photos: Path) -> None:
     loader = DaliEvalLoader(
-        open_source(str(photos), "val"), 32, 0.875, "bilinear", 1, 0, device=CPU
+        open_source(str(photos), "val"), View(32, 0.875, "bilinear"), 1, 0, device=CPU
     )
 
     def fails(pipeline, planned):
@@ -98,7 +99,7 @@ def test_filters_that_dali_lacks_are_refused(photos: Path) -> None:
         UsageError,
         match="--interpolation box: DALI resizes with nearest, bilinear, bicubic, lanczos",
     ):
-        DaliEvalLoader(open_source(str(photos), "val"), 32, 0.875, "box", 4, 0, device=CPU)
+        DaliEvalLoader(open_source(str(photos), "val"), View(32, 0.875, "box"), 4, 0, device=CPU)
 
 
 def test_results_record_the_loader(
@@ -141,7 +142,7 @@ def test_a_pipeline_that_cannot_be_built_ends_the_evaluation(photos: Path, monke
 
     monkeypatch.setattr(dali_evaluation, "_view", cannot)
     loader = DaliEvalLoader(
-        open_source(str(photos), "val"), 32, 0.875, "bilinear", 4, 0, device=CPU
+        open_source(str(photos), "val"), View(32, 0.875, "bilinear"), 4, 0, device=CPU
     )
     with pytest.raises(EnvironmentProblem, match=r"--loader dali: .*no such driver.*--loader pil"):
         list(loader)

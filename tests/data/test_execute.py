@@ -12,10 +12,18 @@ import pytest
 from PIL import Image
 
 from dad_fast.config.schema import AugmentConfig
-from dad_fast.data.augment.execute import _OPS, eval_transform, execute
+from dad_fast.data.augment.execute import eval_transform, execute
+from dad_fast.data.augment.operations import apply
 from dad_fast.data.augment.policies import TRIVIAL_ARGUMENTS, AutoAugment, parse_policy
-from dad_fast.data.augment.policy import ARGUMENTS, AUGMIX_ARGUMENTS, GEOMETRIC, Branches, Op
-from dad_fast.data.augment.records import FILL, AugmentRecord, Erase, sample_record
+from dad_fast.data.augment.policy import (
+    ARGUMENTS,
+    AUGMIX_ARGUMENTS,
+    FILL,
+    GEOMETRIC,
+    Branches,
+    Op,
+)
+from dad_fast.data.augment.records import AugmentRecord, Erase, sample_record
 from dad_fast.data.sources.decode import DecodeError, read_rgb
 from dad_fast.errors import UsageError
 
@@ -103,9 +111,9 @@ def test_augmix_equals_timms(photo, monkeypatch):
         (Op("color", 1.7, ""), Op("rotate", 12.5, "bicubic"), Op("solarize", 90, "")),
     )
     weights, share = (0.17, 0.51, 0.32), 0.643
-    record = plain(image, 64, branches=Branches(chains, weights, share))
+    record = plain(image, 64, blend=Branches(chains, weights, share))
 
-    waiting = [[lambda img, op=op: _OPS[op.name](img, op) for op in chain] for chain in chains]
+    waiting = [[lambda img, op=op: apply(op, img) for op in chain] for chain in chains]
     draws = auto_augment.np.random
     monkeypatch.setattr(draws, "choice", lambda *_, **__: waiting.pop(0))
     monkeypatch.setattr(draws, "dirichlet", lambda alphas: weights)

@@ -17,6 +17,7 @@ from PIL import Image
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.execute import execute
 from dad_fast.data.augment.records import mix_record, sample_record
+from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders import workers
 from dad_fast.data.loaders.choose import resolve_loader, train_loader
@@ -217,7 +218,7 @@ def test_auto_falls_back_to_pil_without_dali(monkeypatch):
 
 
 def test_evaluation_counts_every_readable_image_once():
-    loader = EvalLoader(Squares(known_bad=(4,)), 12, 1.0, "bicubic", 16, 0)
+    loader = EvalLoader(Squares(known_bad=(4,)), View(12, 1.0, "bicubic"), 16, 0)
     batches = list(loader)
     samples = torch.cat([b.samples for b in batches])
     assert samples.tolist() == [i for i in range(50) if i != 4] and len(loader) == len(batches) == 4
@@ -225,7 +226,7 @@ def test_evaluation_counts_every_readable_image_once():
     assert torch.equal(torch.cat([b.images for b in batches])[:, 0, 5, 5].long(), samples)
     assert torch.equal(torch.cat([b.labels for b in batches]), samples % 2)
     with pytest.raises(DecodeError, match="image7"):
-        list(EvalLoader(Squares(bad=(7,)), 12, 1.0, "bicubic", 16, 0))
+        list(EvalLoader(Squares(bad=(7,)), View(12, 1.0, "bicubic"), 16, 0))
 
 
 def test_the_global_generator_is_unchanged():
@@ -241,7 +242,7 @@ def test_workers_give_the_same_batches():
     assert_same(here, collect(loader, 4, 14))
     assert loader.replaced == ["image10"]
     inline, worker = (
-        list(EvalLoader(Squares(), 12, 1.0, "bicubic", 16, number)) for number in (0, 1)
+        list(EvalLoader(Squares(), View(12, 1.0, "bicubic"), 16, number)) for number in (0, 1)
     )
     assert all(
         torch.equal(a.images, b.images) and torch.equal(a.samples, b.samples)

@@ -219,6 +219,7 @@ def test_weighted_policies_are_drawn_without_replacement():
         *("rand-m9-mstdinf", "rand-m9.5", "rand-n1.5", "rand-inc0.5", "rand-mmax9.5"),
         *("original-m9", "v0-", "v1", "3a-mstdinf", "ta-m9", "trivial", "augment"),
         *("augmix-w0", "augmix-b1", "augmix-a0", "augmix-m3-n2", "augmixm3"),
+        *("pixmix-k0", "pixmix-b0", "pixmix-m11", "pixmix-all2", "prime-w0", "prime-m3"),
     ],
 )
 def test_invalid_policies_name_the_flag(text):
@@ -231,6 +232,9 @@ def test_a_policy_that_cannot_be_read_is_refused_with_the_settings():
         resolve("demo", None, ["augment.aa=origin"])
     with pytest.raises(UsageError, match="--loader dali: DALI does not average chains"):
         resolve("demo", None, ["augment.aa=augmix-m3", "data.loader=dali"])
+    for policy, lack in (("pixmix-k4", "mix in pictures"), ("prime", "average chains")):
+        with pytest.raises(UsageError, match=f"--loader dali: DALI does not {lack}"):
+            resolve("demo", None, [f"augment.aa={policy}", "data.loader=dali"])
 
 
 @pytest.mark.parametrize("text", ["v0", "v0r", "original", "originalr", "3a", "v0-mstd0.5"])
@@ -266,7 +270,7 @@ def test_augmix_draws_chains_weights_and_share():
     # timm draws the magnitude evenly up to m, unless mstd is given.
     settings = {dataclasses.replace(op, name="") for op in policy.ops}
     assert settings == {TimmOp("", 1.0, 5.0, math.inf, 10.0)}
-    drawn = [policy.sample(Draws(0, 1, 0, i), "", 64).branches for i in range(1000)]
+    drawn = [policy.sample(Draws(0, 1, 0, i), "", 64).blend for i in range(1000)]
     lengths = [len(chain) for found in drawn for chain in found.chains]
     assert {len(found.chains) for found in drawn} == {4} and set(lengths) == {1, 2, 3}
     weights = np.array([found.weights for found in drawn])
@@ -278,7 +282,7 @@ def test_augmix_draws_chains_weights_and_share():
     ops = [op for found in drawn for chain in found.chains for op in chain]
     moved = [abs(op.value) for op in ops if op.name == "translate_x"]
     assert 0.13 < max(moved) <= 0.15
-    deep = parse_policy("augmix-d2").sample(Draws(0, 1, 0, 0), "", 64).branches
+    deep = parse_policy("augmix-d2").sample(Draws(0, 1, 0, 0), "", 64).blend
     assert [len(chain) for chain in deep.chains] == [2, 2, 2]
 
 

@@ -41,7 +41,7 @@ def test_folders_and_shards_open_by_name(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    assert list(SOURCES)[:4] == ["csv", "embedded", "folder", "http"]
+    assert list(SOURCES)[:5] == ["csv", "embedded", "folder", "hfds", "http"]
     with pytest.raises(UsageError, match="--data-dir embeded: no such data source; did you mean"):
         open_source("embeded:digits", "train")
 

@@ -19,14 +19,15 @@ from torch import nn
 from dad_fast.checkpoint.state import run_state
 from dad_fast.config import expand
 from dad_fast.config.resolve import gather
-from dad_fast.config.schema import LossConfig, PrecisionConfig
+from dad_fast.config.schema import EngineConfig, LossConfig, PrecisionConfig
 from dad_fast.engine import build, choices, compiling
 from dad_fast.engine.build import Builder
 from dad_fast.engine.choices import COMPILE, Choice, DeviceFacts, choose
 from dad_fast.engine.compiling import forms_of, no_compiler, try_compiling
 from dad_fast.engine.lockstep import Lockstep
+from dad_fast.engine.preflight import check_backend
 from dad_fast.engine.trainer import Trainer
-from dad_fast.errors import EnvironmentProblem
+from dad_fast.errors import EnvironmentProblem, UsageError
 from dad_fast.methods.registry import METHODS
 from dad_fast.models.student import build_student
 from tests.engine.test_step import BATCH_NORM, LAYER_NORM, SIDE, B, C, LinearTeacher, make_config
@@ -36,7 +37,7 @@ TEACHER, ATTACKED, STUDENT = "the teacher", "the teacher under attack", "the stu
 
 
 def use_backend(monkeypatch, backend):
-    compile_with = lambda model: torch.compile(model, backend=backend)  # noqa: E731
+    compile_with = lambda model, name: torch.compile(model, backend=backend)  # noqa: E731
     monkeypatch.setattr(compiling, "compiled", compile_with)
 
 
@@ -112,7 +113,7 @@ class Wrong(nn.Module):
 
 
 class Raises(nn.Module):
-    def __init__(self, model):
+    def __init__(self, model, backend=""):
         super().__init__()
 
     def forward(self, pixels):
@@ -139,7 +140,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_leaves_the_run_in_eager(monkeypatch, caplog, name):
     fault, words = FAULTS[name]
-    monkeypatch.setattr(compiling, "compiled", fault)
+    monkeypatch.setattr(compiling, "compiled", lambda model, backend: fault(model))
     monkeypatch.setattr(compiling, "TIME_LIMIT", 0.2)
     choice = trial(settings("dad"))
     assert choice.value is False and choice.reason.startswith(words) and "\n" not in choice.reason
@@ -153,8 +154,36 @@ def test_on_refuses_a_fault(monkeypatch):
         trial(settings("dad"), wanted=True)
 
 
+@pytest.mark.parametrize("asked", ["aot_eager", "cudagraphs"])
+def test_a_backend_by_name_compiles(monkeypatch, asked):
+    """Other backends than inductor need no compiler of C++."""
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    used = []
+    real = torch.compile
+
+    def compile_with(model, backend, **options):
+        used.append(backend)
+        return real(model, backend="eager", dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", compile_with)
+    cfg = settings("ce", engine=EngineConfig(torchcompile=asked))
+    assert choose(DeviceFacts("cpu")).settled(cfg).engine.torchcompile == asked
+    assert trial(cfg, wanted=True).value and set(used) == {asked}
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("inductr", "did you mean inductor"), ("xyz", "such as cudagraphs, inductor")],
+)
+def test_an_unknown_backend_is_refused(name, words):
+    check_backend(settings("ce", engine=EngineConfig(torchcompile="inductor")))
+    with pytest.raises(UsageError, match=f"--torchcompile {name}: torch has no .*{words}"):
+        check_backend(settings("ce", engine=EngineConfig(torchcompile=name)))
+
+
 def test_a_fault_of_another_process_counts_here(monkeypatch):
-    monkeypatch.setattr(compiling, "compiled", lambda model: model)
+    monkeypatch.setattr(compiling, "compiled", lambda model, backend: model)
     gather_two = lambda value: [value, "the student cannot be compiled"]  # noqa: E731
     monkeypatch.setattr(compiling.distributed, "all_gather_json", gather_two)
     assert trial(settings("ce")) == Choice(False, "the student cannot be compiled")

@@ -11,6 +11,7 @@ pytest.importorskip("timm")
 pytest.importorskip("open_clip")
 import tests.engine.test_step as small
 from dad_fast.data.augment.mixing import to_levels, to_pixels
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.blocks import blocks, num_blocks
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.discretizers.identity import Identity
@@ -18,7 +19,7 @@ from dad_fast.methods.attack import PGD
 from dad_fast.precompute.adversarial import adversarial
 from tests.tiny import write_images
 
-VIEW = {"img_size": 16, "crop_pct": 1.0, "interpolation": "bilinear"}
+VIEW = View(16, 1.0, "bilinear")
 
 
 def source(root: Path) -> FolderSource:
@@ -28,7 +29,7 @@ def source(root: Path) -> FolderSource:
 @pytest.mark.parametrize("size", [1, 5, 24, 100])
 def test_blocks_partition_the_samples_and_share_one_shape(tmp_path, size):
     data = source(tmp_path)
-    made = list(blocks(data, range(num_blocks(data, size)), size, **VIEW, workers=0))
+    made = list(blocks(data, range(num_blocks(data, size)), size, VIEW, workers=0))
     assert [i for block in made for i in block.samples[: block.num_real].tolist()] == list(
         range(len(data))
     )
@@ -40,10 +41,8 @@ def test_blocks_partition_the_samples_and_share_one_shape(tmp_path, size):
 
 def test_blocks_do_not_depend_on_the_process(tmp_path):
     data = source(tmp_path)
-    alone = next(blocks(data, [2], 5, **VIEW, workers=0))
-    (among,) = [
-        block for block in blocks(data, range(5), 5, **VIEW, workers=2) if block.number == 2
-    ]
+    alone = next(blocks(data, [2], 5, VIEW, workers=0))
+    (among,) = [block for block in blocks(data, range(5), 5, VIEW, workers=2) if block.number == 2]
     assert torch.equal(alone.images, among.images) and torch.equal(alone.samples, among.samples)
 
 
@@ -51,7 +50,7 @@ def test_unreadable_images_are_named_and_marked(tmp_path):
     data = source(tmp_path)
     (data.folder / data.keys[3]).write_bytes(b"\xff\xd8 no more")
     data.ok[1] = False
-    (block,) = blocks(data, [0], 6, **VIEW, workers=0)
+    (block,) = blocks(data, [0], 6, VIEW, workers=0)
     assert block.readable.tolist() == [
         True,
         False,

@@ -171,7 +171,7 @@ def apart(inputs, tmp_path_factory):
     return get
 
 
-QUICK = ("ce", "dad", "dad, stored")
+QUICK = ("ce", "kd", "dad, stored")
 
 
 @pytest.mark.parametrize(
@@ -266,11 +266,11 @@ def test_pruned_checkpoints_are_those_of_runs_alone(inputs, tmp_path):
 
 def test_a_stopped_run_resumes_alone(inputs, apart, tmp_path, monkeypatch):
     def log(loop, batch):
-        if loop.next_step == 2:
+        if loop.next_step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return_log(loop, batch)
+        plain_log(loop, batch)
 
-    return_log = Lockstep._log
+    plain_log = Lockstep._log
     monkeypatch.setattr(Lockstep, "_log", log)
     cfgs = pair(inputs, "ce", "checkpoint.keep=100")
     with pytest.raises(Preempted, match=r"step 2 of 5; saved in .*a and 1 more folder, resume"):
@@ -327,10 +327,10 @@ def trainer_of(cfg, folder, resume=""):
 
 def test_smaller_students_see_resized_images(inputs, apart, tmp_path):
     """The run with the largest images is as alone, in any order."""
-    large, _ = pair(inputs, "dad", "checkpoint.keep=100")
+    large, _ = pair(inputs, "kd", "checkpoint.keep=100")
     small = replace(large, augment=replace(large.augment, img_size=24))
     loop = run([small, large], tmp_path, "ba")
-    assert_same(tmp_path, apart("dad"), "a")
+    assert_same(tmp_path, apart("kd"), "a")
     assert loop.lead.label == "a"
     log = (tmp_path / "b/train.log").read_text()
     assert "made at 32 px for all and resized to 24 px" in log
@@ -344,16 +344,8 @@ def test_finished_runs_are_not_trained_again(inputs, apart, tmp_path, capsys):
     (tmp_path / "runs/b/results.json").unlink()
     second = resume(cfgs, tmp_path / "runs")
     assert "a: finished already" in capsys.readouterr().err
-    assert [one["suites"] for one in first] == [one["suites"] for one in second]
-
-
-@pytest.mark.slow
-def test_seconds_are_divided(inputs, tmp_path):
-    """The times of runs together add up to the time of their loop."""
-    cfgs = pair(inputs, "ce")
-    records = resume(cfgs, tmp_path)
-    assert [record["shared_by"] for record in records] == [2, 2]
-    assert records[0]["seconds"] == pytest.approx(records[1]["seconds"], rel=0.05)
+    first, second = (json.loads(json.dumps([one["suites"] for one in r])) for r in (first, second))
+    assert first == second
 
 
 @pytest.mark.slow

@@ -49,6 +49,15 @@ def test_waiting_is_the_time_between_steps(hand_set):
     assert clock.window() == Window(0, 0.0, 0.0)
 
 
+def test_runs_that_share_batches_divide_the_time(hand_set):
+    clock = StepTimer(torch.device("cpu"), total=5.0)
+    clock.shared_by = 4
+    with clock.step():
+        hand_set.sleep(2.0)
+    clock.count()
+    assert clock.total == pytest.approx(5.5) and clock.window().seconds == pytest.approx(2.0)
+
+
 def test_skipped_time_is_not_counted(hand_set):
     clock = StepTimer(torch.device("cpu"), total=5.0)
     hand_set.sleep(0.05)

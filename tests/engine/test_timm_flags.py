@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,8 @@ from dad_fast.engine.optimizer import build_optimizer
 from dad_fast.engine.schedule import learning_rate, make_schedule
 from dad_fast.engine.update import Update
 from dad_fast.errors import UsageError
-from dad_fast.models.student import build_student
+from dad_fast.models.grad_checkpointing import is_checkpointed
+from dad_fast.models.student import build_student, share_batch_norm
 
 PER_EPOCH, EPOCHS, WARMUP = 3, 20, 4
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
@@ -201,6 +203,39 @@ def test_checkpointed_gradients_are_equal_and_keep_fewer_activations() -> None:
     assert checkpointed < plain / 2
     for gradient, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "bn"),
+    [("test_resnet", "joint"), ("test_resnet", "aux"), ("test_efficientnet", "joint")],
+)
+def test_checkpointing_counts_a_batch_once(name: str, bn: Any) -> None:
+    """Weights and running statistics equal those of a run without it, bit for bit."""
+    found = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        asked = StudentConfig(name=name, grad_checkpointing=on, drop_path=0.2, bn=bn)
+        student = copy.deepcopy(build_student(asked, 5, 32, 2)).train()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        for seed in range(2):
+            pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+            student(pixels).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(student.state_dict())
+    plain, checkpointed = found
+    assert plain.keys() == checkpointed.keys()
+    assert any("running_mean" in key for key in plain)
+    for key, value in plain.items():
+        assert torch.equal(value, checkpointed[key]), key
+
+
+def test_synchronized_batch_norms_stay_checkpointed() -> None:
+    asked = StudentConfig(name="test_resnet", grad_checkpointing=True)
+    student = build_student(asked, 5, 32)
+    share_batch_norm(student, torch.device("cuda"))
+    norms = [m for m in student.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert norms and all(is_checkpointed(norm) for norm in norms)
 
 
 def test_a_model_without_checkpointing_is_one_line() -> None:

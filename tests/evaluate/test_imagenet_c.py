@@ -13,6 +13,7 @@ from imagenet_folders import Reader, write_image
 from suites import CPU, PARTIAL, WNIDS, OfMap, evaluated, numbers_of, shuffled_map
 
 from dad_fast.config.schema import DataConfig, EvalConfig
+from dad_fast.data.augment.view import View
 from dad_fast.errors import DataError
 from dad_fast.evaluate.runner import evaluate, open_suites, protocol
 from dad_fast.evaluate.suites.base import as_eval_set
@@ -94,9 +95,7 @@ def test_mce_with_an_unreadable_image(c_root: Path) -> None:
         found = evaluate(
             Reader(),
             suite.source,
-            img_size=8,
-            crop_pct=1.0,
-            interpolation="bilinear",
+            view=View(8, 1.0, "bilinear"),
             batch_size=9,
             workers=0,
             device=CPU,
@@ -129,7 +128,7 @@ def test_both_preprocessings_of_imagenet_c(c_root: Path) -> None:
         found = evaluated(
             f"imagenet-c={c_root}",
             options=EvalConfig(allow_partial=True, c_preprocessing=name),
-            crop_pct=0.5,
+            view=View(8, 0.5, "bilinear"),
         )
         assert found.top1 == pytest.approx(90.0)
         looks[name] = found.protocol.split(";")[0]
@@ -141,7 +140,7 @@ def test_both_preprocessings_of_imagenet_c(c_root: Path) -> None:
     of_224 = as_eval_set(
         open_suites([f"imagenet-c={c_root}"], DataConfig(), imagenet_classes(), PARTIAL)[0].source
     )
-    assert protocol(of_224, (224, 1.0, "bicubic")).startswith(
+    assert protocol(of_224, View(224, 1.0, "bicubic")).startswith(
         "c-preprocessing none: 224 px as they are; "
     )
 

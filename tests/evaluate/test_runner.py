@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dad_fast.config.schema import DataConfig
+from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.registry import open_source
 from dad_fast.errors import DataError, UsageError
@@ -66,9 +67,7 @@ def evaluated(model, source, batch_size=16, **options):
     return evaluate(
         model,
         source,
-        img_size=16,
-        crop_pct=1.0,
-        interpolation="bilinear",
+        view=View(16, 1.0, "bilinear"),
         batch_size=batch_size,
         workers=0,
         device=CPU,
@@ -133,9 +132,7 @@ def test_function_as_model_and_workers_do_not_change_results():
         evaluate(
             lambda pixels: pixels.mean(dim=(2, 3)) @ weight,
             source,
-            img_size=12,
-            crop_pct=0.9,
-            interpolation="bicubic",
+            view=View(12, 0.9, "bicubic"),
             batch_size=6,
             workers=workers,
             device=CPU,
@@ -218,9 +215,7 @@ def test_cuda_equals_cpu():
     source = MemorySource(50)
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 7))
     options = {
-        "img_size": 16,
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
+        "view": View(16, 1.0, "bilinear"),
         "batch_size": 16,
         "workers": 0,
         "corruption": ("contrast", None),

@@ -14,6 +14,7 @@ from imagenet_folders import OBJECTNET, Reader, write_classes, write_objectnet
 from suites import PARTIAL, WNIDS, OfMap, evaluated, numbers_of, shuffled_map
 
 from dad_fast.config.schema import DataConfig, EvalConfig
+from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import DataError, UsageError
 from dad_fast.evaluate.runner import open_suites
@@ -110,7 +111,7 @@ def test_objectnets_border_is_cut_off(tmp_path: Path) -> None:
     sizes = {path.stat().st_size for path in (root / "images").rglob("*.png")}
     assert sizes and evaluated(f"objectnet={root}").top1 == 100.0
     write_classes(root / "images", {"banana": 954}, 2, ".png", border=3)  # a third pixel remains
-    assert evaluated(f"objectnet={root}", img_size=10).top1 < 100.0
+    assert evaluated(f"objectnet={root}", view=View(10, 1.0, "bilinear")).top1 < 100.0
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,7 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     """
     code = f"""
     import signal, numpy as np
+    from dad_fast.data.augment.view import View
     from dad_fast.data.sources.registry import open_source
     from dad_fast.distributed.signals import stop_requests
     from dad_fast.errors import Preempted
@@ -271,8 +272,7 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     from dad_fast.data.sources.subset import Subset
     from dad_fast.evaluate.suites.base import EvalSet
     source = open_source({str(parts / "data")!r}, "val")
-    view = {{"img_size": 8, "crop_pct": 1.0, "interpolation": "bilinear"}}
-    how = {{"batch_size": 1, "workers": 0, "device": torch.device("cpu"), "stopped": "as asked"}}
+    how = {{"view": View(8, 1.0, "bilinear"), "batch_size": 1, "workers": 0, "device": torch.device("cpu"), "stopped": "as asked"}}
 
     def count(stopping_rank, num_images, corruption=None):
         def model(pixels):

@@ -46,6 +46,13 @@ class Failing(Sink):
         raise AssertionError("a dropped sink is not called again")
 
 
+class Exiting(Failing):
+    """Ends as a library does that calls sys.exit."""
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        raise SystemExit("no licence")
+
+
 def unopenable(folder: Path) -> Sink:
     raise ConnectionError("no route to host")
 

@@ -58,6 +58,14 @@ def test_failing_sink_is_dropped_with_one_warning(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3]
 
 
+def test_a_sink_that_calls_sys_exit_is_one_warning(tmp_path: Path) -> None:
+    lines: list[str] = []
+    sinks = opened(tmp_path, f"{MODULE}:Exiting")
+    with RunLog(tmp_path, echo=lines.append, sinks=sinks) as log:
+        log.metrics("train", step=0)
+    assert len(lines) == 1 and "SystemExit: no licence" in lines[0]
+
+
 def test_a_sink_that_cannot_be_opened_is_one_warning(tmp_path: Path) -> None:
     lines: list[str] = []
     sinks = opened(tmp_path, f"{MODULE}:unopenable")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dad_fast.discretizers.base import Discretized, Discretizer
 from dad_fast.discretizers.identity import Identity
 from dad_fast.engine.diagnostics import share_changed, signal_to_rounding
+from dad_fast.errors import UsageError
 from dad_fast.methods.attack import PGD, cross_entropy_direction, discretize
 
 SHAPE = (3, 4, 4)
@@ -38,6 +39,11 @@ def pixels(batch=5, low=0.3, high=0.7, seed=1):
 
 
 LABELS, KEYS = torch.tensor([0, 1, 0, 1, 1]), torch.arange(5) * 31
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(UsageError, match="PGD: norm 'l3': must be l2 or linf"):
+        PGD("l3")
 
 
 def test_l2_step_equals_the_closed_form():

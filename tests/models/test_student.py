@@ -130,8 +130,22 @@ def test_a_run_folder_is_accepted_as_a_checkpoint(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no model.safetensors"):
         checkpoint_file(tmp_path / "none")
-    with pytest.raises(DataError, match="no such checkpoint"):
+    with pytest.raises(DataError, match=r"nowhere: no such checkpoint; name a run's folder"):
         checkpoint_file(tmp_path / "nowhere")
+
+
+def test_pixels_from_0_to_255_are_refused():
+    with pytest.raises(TypeError, match=r"pixels are torch.uint8; give floats in \[0, 1\]"):
+        build()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_a_folder_of_several_runs_names_the_one_that_was_meant(tmp_path):
+    for seed in (0, 1):
+        save_student(tmp_path / f"dad/seed-{seed}/model.safetensors", build(), {})
+    with pytest.raises(DataError, match=r"several runs, such as \S*/dad/seed-0"):
+        checkpoint_file(tmp_path)
+    with pytest.raises(DataError, match=r"no such checkpoint; \S+ has \S*/dad/seed-1; name"):
+        checkpoint_file(tmp_path / "seed-1")
 
 
 def test_auxiliary_batch_norm():

@@ -343,6 +343,14 @@ def test_without_a_network(monkeypatch):
     refuse(EnvironmentProblem, ["not available", "hf-hub:some/model"], "hf-hub:some/model")
 
 
+def test_an_unreachable_hub_is_named_although_open_clip_wraps_the_error(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    expected = ["(the hub cannot be reached, and its cache lacks the file); give a local file"]
+    refuse(EnvironmentProblem, expected, "open_clip:ViT-B-32/openai")
+
+
 def test_a_missing_package_of_a_tokenizer_is_named(clip, bare_file, monkeypatch):
     """SigLIP's tokenizer needs transformers, which open_clip does not install."""
     text_cfg = {**TOWERS["text_cfg"], "hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}

@@ -86,6 +86,17 @@ def test_tables_of_methods_match_the_registries():
     assert script("methods_tables").with_tables(page) == page
 
 
+def test_table_of_teachers_names_every_entry_of_the_registry():
+    from dad_fast.models.registry import TEACHERS
+
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = page.partition("| `--teacher` | teacher |")[2].partition("\n\n")[0]
+    # Files are named by their path; own modules by Python code alone.
+    assert "| `RUN`" in table
+    for name in set(TEACHERS.own_names()) - {"file", "module"}:
+        assert f"`{name}:" in table, name
+
+
 @pytest.fixture(scope="module")
 def helps():
     """Output of -h by command; train has --help-all, since other commands take its settings."""
@@ -255,3 +266,16 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     names = run_code(code, tmp_path, monkeypatch)
     assert names["attacked"].images.shape == (8, 3, 28, 28)
     assert all(p.grad is not None for p in names["student"].parameters())
+
+
+@pytest.mark.slow
+def test_commands_for_tables_run_as_pasted(tmp_path, monkeypatch, cache):
+    pytest.importorskip("datasets")
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Hugging Face data sets and Parquet\n")[2].partition("\n## ")[0]
+    _, code, _, commands, _ = section.split("```")
+    run_code(code.removeprefix("python"), tmp_path, monkeypatch)
+    for line in commands.strip().splitlines():
+        program, *arguments = line.split()
+        assert program == "dad-fast" and main(arguments) == 0, line
+    assert (tmp_path / "runs" / "parquet" / "results.json").is_file()

@@ -364,3 +364,53 @@ def test_a_sheet_shows_codes_and_clean_images(tmp_path: Path) -> None:
     ]
     assert (columns[0] == np.asarray(source.read(0))).all()
     assert np.abs(columns[1].astype(int) - columns[2]).max() <= 1
+
+
+def test_a_sheet_finds_the_held_out_share(tmp_path: Path, capsys) -> None:
+    """A store of the held-out images of a folder without val/."""
+    from dad_fast.config.schema import DataConfig
+    from dad_fast.data.augment.execute import eval_transform
+    from dad_fast.data.sources.splits import open_split
+    from dad_fast.store import Manifest, StoreRows
+
+    for name in ("a", "b"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.full((20, 30, 3), 40 * i + (name == "b"), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / "train" / name / f"{i}.png")
+    data = DataConfig(data_dir=str(tmp_path / "data"), val_fraction=0.25)
+    source = open_split(data, "val")
+    view = (16, 1.0, "bicubic", True)
+    images = np.stack([eval_transform(source.read(i), *view) for i in range(len(source))])
+    manifest = Manifest(
+        kind="adversarial",
+        classes=source.classes.entries,
+        source=source.fingerprint,
+        settings={"images": {"crop_pct": 1.0, "interpolation": "bicubic", "squashed": True}},
+        hashes={},
+        num_samples=len(source),
+        images="raw",
+        image_size=(16, 16),
+    )
+    writer = StoreWriter.open(tmp_path / "store", manifest)
+    with writer.shard(0) as shard:
+        shard.append(
+            StoreRows(
+                keys=source.keys,
+                labels=source.labels,
+                outputs=np.eye(2)[source.labels],
+                images=images,
+            )
+        )
+    assert writer.finish() == []
+
+    arguments = ["store", "sheet", str(tmp_path / "store"), "-o", str(tmp_path / "sheet.png")]
+    arguments += ["--data-dir", str(tmp_path / "data"), "--split", "val"]
+    assert cli.main(arguments) == 4
+    assert "val" in capsys.readouterr().err
+    assert cli.main([*arguments, "--val-fraction", "0.25"]) == 0
+    from dad_fast.store import sheet
+
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    left = sheet.MARGIN + sheet.CAPTION
+    assert (pixels[sheet.HEADER, left] == images[0][0, 0]).all()

@@ -132,6 +132,7 @@ def test_distances_and_methods_are_axes():
 def test_augmentations_are_an_axis():
     plan = plan_of(["augmentation"])
     names = ["none", "rand-m9-mstd0.5-inc1", "v0", "ta", "3a", "augmix-m3-w3"]
+    names += ["pixmix-k4-b4", "prime"]
     assert {f"aa={name}" for name in names} >= set(plan.axes["augmentation"][1:])
     assert len(plan.axes["augmentation"]) >= len(names)
     assert changes(plan, "aa=ta") == {"augment.aa": "ta"}

@@ -26,7 +26,7 @@ SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("aug-only", "d
 
 
 @pytest.mark.parametrize("method", ["ce", "kd", "dad", *SLOWER])
-def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
+def test_every_method_trains_on_an_image_folder(parts, tmp_path, capsys, method):
     augment = ["--mixup", "0.8", "--aa", "rand-m9-mstd0.5-inc1"]
     assert main(arguments(parts, tmp_path / "run", "--method", method, *augment)) == 0
     made = {path.name for path in (tmp_path / "run").iterdir()}
@@ -43,6 +43,8 @@ def test_every_method_trains_on_an_image_folder(parts, tmp_path, method):
     sheets = {"sheet.png", "sheet.safetensors"}
     assert made - sheets == expected
     assert made & sheets == (set() if method in ("ce", "kd") else sheets)
+    (ending,) = re.findall(r"model.safetensors, results.json, .*", capsys.readouterr().err)
+    assert ("sheet.png" in ending) == (sheets <= made)
     if sheets <= made:
         examples = read_pieces(tmp_path / "run/sheet.safetensors").examples
         classes = json.loads((tmp_path / "run/results.json").read_text())["classes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ pytest.importorskip("timm")
 from PIL import Image
 
 from dad_fast.cli import main as cli
+from dad_fast.config import Config, to_toml
 from dad_fast.config.schema import StudentConfig
+from dad_fast.config.schema_data import DataConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.models.load_student import load_student
 from dad_fast.models.student import build_student, load_student_weights, save_student
@@ -68,7 +71,9 @@ def test_weighted_mean_is_a_model_that_other_commands_take(
     runs = [place / f"run-{seed}" for seed in range(3)]
     out = tmp_path / "soup"
     assert average(*runs, "--weights", 1, 1, 2, "-o", out) == 0
-    assert "running statistics are averaged" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "running statistics are averaged" in shown
+    assert f"evaluate it with dad-fast eval {out} --data-dir DIR" in shown
     parts, found = [tensors(run) for run in runs], tensors(out)
     for key, value in found.items():
         if value.is_floating_point():
@@ -91,6 +96,19 @@ def test_weighted_mean_is_a_model_that_other_commands_take(
     given = ["eval", str(out), "--data-dir", str(place / "data"), "--suite", "val", "-j", "0"]
     assert cli.main([*given, "--device", "cpu"]) == 0
     assert "val" in capsys.readouterr().out
+
+
+def test_the_hint_names_the_data_of_the_runs(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_student(tmp_path / "run/model.safetensors", 0).parent
+    data = DataConfig(data_dir=str(place / "data"))
+    (run / "config.toml").write_text(to_toml(Config(data=data)), encoding="utf-8")
+    out = tmp_path / "soup"
+    assert average(run, place / "run-1", "-o", out) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "evaluate it" in line]
+    hint = shlex.split(line.partition("evaluate it with dad-fast ")[2])
+    assert cli.main([*hint, "-j", "0", "--device", "cpu"]) == 0
 
 
 def test_uniform_mean_of_equal_models_is_that_model(place: Path, tmp_path: Path) -> None:

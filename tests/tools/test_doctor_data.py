@@ -16,6 +16,7 @@ from PIL import Image
 from dad_fast.cli import main as cli
 from dad_fast.tools.doctor import data as doctor_data
 from dad_fast.tools.doctor.data import feeds
+from dad_fast.tools.doctor.row import Row, render
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,7 @@ def test_a_folder(folder, capsys):
         "ok bad files none",
         "ok formats JPEG 8, PNG RGBA 1",
         "smallest 40x30 px (0.0012 MP), median 60x30 px (0.0018 MP), largest 400x300 px (0.12 MP)",
+        "0.13 megapixels in all",
     ):
         assert words in text
     assert (
@@ -163,3 +165,11 @@ def test_help_lists_all_flags_without_torch(capsys, monkeypatch):
         flag in text
         for flag in ("--data", "--split", "--class-map", "--loader", "--need", "--numerics")
     )
+
+
+@pytest.mark.parametrize("columns", [72, 100, 200])
+def test_rows_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = render(Row("sizes", "off", "many words " * 20, "buy a disk " * 20)).splitlines()
+    longest = max(map(len, lines))
+    assert min(columns, 100) - 12 < longest <= min(columns, 100)

@@ -22,6 +22,7 @@ from dad_fast.tools.dry_run.assumptions import with_assumptions
 from dad_fast.tools.dry_run.estimate import estimate, stages_of
 from dad_fast.tools.dry_run.rates import Rates, read_rates
 from dad_fast.tools.dry_run.step import trace_step
+from dad_fast.tools.dry_run.trace import Recorder, fake_tensors
 
 DIGITS = ["--data-dir", "embedded:digits", "--teacher", "embedded:digits"]
 DIGITS += ["--discretizer", "embedded:digits", "--img-size", "28", "--batch-size", "8"]
@@ -124,6 +125,23 @@ def test_flop_are_those_that_torch_counts():
     step = trace_step(cfg, 10)
     counted = gflop(step)["student, forward and backward"] * 4e9
     assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_flop_of_grouped_convolutions_are_those_of_a_hand_count(layer, groups):
+    """8 groups of 8 channels are a depthwise convolution."""
+    recorder = Recorder()
+    with fake_tensors(), recorder:
+        convolution = layer(8, 8, 3, padding=1, groups=groups, bias=False)
+        pixels = torch.rand(2, 8, 16, 16, requires_grad=True)
+        recorder.start()
+        convolution(pixels).sum().backward()
+        trace = recorder.stop()
+    # 2 images of 16 x 16, 3 x 3 weights of 8 / groups channels for each of 8 outputs.
+    products = 2 * 16 * 16 * 3 * 3 * (8 // groups) * 8
+    # The output, and the gradients of images and weights.
+    assert sum(op.flop for op in trace.ops) == 3 * 2 * products
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_timm_gives_the_students_logits(whole: tuple[Student, Path]) -> None:
     """Load in both ways of the card, with timm's own transform."""
     student, folder = whole
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    levels = eval_transform(image, student.image_size, student.crop_pct, student.interpolation)
+    levels = eval_transform(image, *student.view)
     with torch.no_grad():
         expected = student(torch.from_numpy(levels.copy()).permute(2, 0, 1)[None].float() / 255)
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
@@ -96,7 +96,7 @@ def test_squashed_views_are_exported(whole: tuple[Student, Path], tmp_path: Path
     path = tmp_path / "image.png"
     pixels = np.random.default_rng(0).integers(0, 256, (20, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-    levels = eval_transform(Image.open(path), SIDE, student.crop_pct, student.interpolation, True)
+    levels = eval_transform(Image.open(path), *squashed.view)
     with torch.no_grad():
         expected = squashed(torch.from_numpy(levels.copy()).permute(2, 0, 1)[None].float() / 255)
     loaded = load_student(tmp_path / "model.safetensors")[0]
@@ -180,7 +180,7 @@ def test_record_and_output_contain_the_largest_difference(
     assert set(record["files"]) == {p.name for p in folder.iterdir()} - {"README.md", "export.json"}
     assert export(folder, "-o", folder.parent / "again") == 0  # an export can be exported
     assert (
-        "timm local-dir               the student's logits, to 0.0e+00 of the largest"
+        "timm local-dir               equals the student to 0.0e+00 of the largest logit"
         in capsys.readouterr().out
     )
     assert (folder.parent / "again" / "model.safetensors").read_bytes() == (

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -99,6 +100,18 @@ def test_resume_is_bit_exact(fitted, data, tmp_path, monkeypatch):
     assert run(data, output, *more) == 0 and output.read_bytes() == fitted.read_bytes()
 
 
+def test_a_share_of_the_training_images_is_held_out(data, tmp_path, capsys):
+    images = tmp_path / "data"
+    shutil.copytree(data / "train", images / "train")
+    output = tmp_path / "vq.safetensors"
+    assert run(images, output, "--max-steps", "1") == 4
+    assert "--val-split val" in capsys.readouterr().err
+    assert run(images, output, "--max-steps", "1", "--val-fraction", "0.25") == 0
+    found = load_discretizer(str(output), PrecisionConfig(), torch.device("cpu"))
+    assert "9 of its 12 images" in found.provenance and "without those held out" in found.provenance
+    assert "on val an rms error" in capsys.readouterr().err
+
+
 def test_existing_results_are_refused_and_replaced(fitted, data, tmp_path, capsys):
     output = tmp_path / "vq.safetensors"
     output.write_bytes(fitted.read_bytes())
@@ -118,7 +131,13 @@ def test_existing_results_are_refused_and_replaced(fitted, data, tmp_path, capsy
         (["--img-size", "18"], 2, "--img-size 18: no multiple of --factor 4.* use 16"),
         (["--img-size", "4"], 4, "images of 4 px are too small for --factor 4"),
         (["--train-split", "nowhere"], 4, "nowhere"),
-        (["--val-split", "nowhere"], 4, "--val-split nowhere: .* to measure on training images"),
+        (
+            ["--val-split", "nowhere"],
+            4,
+            '--val-split nowhere: .* --val-fraction 0.1, or "" for training',
+        ),
+        (["--val-fraction", "0.2", "--val-split", ""], 2, "--val-fraction .*: leave one out"),
+        (["--val-fraction", "1"], 2, "--val-fraction 1: must be from 0"),
         (["--batch-size", "100"], 2, "--batch-size 100: .* only 12 images"),
         (["--levels", "8,1"], 2, "--levels 8,1: write numbers of levels"),
         (["--levels", "256,256,256"], 2, "at most 65,536 codes"),

@@ -74,9 +74,7 @@ def test_confidences_are_the_students(place: Path, capsys: pytest.CaptureFixture
     for row in found:
         levels = eval_transform(
             Image.open(row["image"]).convert("RGB"),
-            student.image_size,
-            student.crop_pct,
-            student.interpolation,
+            *student.view,
         )
         with torch.no_grad():
             shares = student(
@@ -191,7 +189,7 @@ def test_folders_are_searched_without_following_links(tmp_path: Path) -> None:
     photo(tmp_path / "b" / "2.png")
     photo(tmp_path / "a" / "1.png")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    names = list(find_images([str(tmp_path), "x.png"]))
+    names = [name for name, _ in find_images([str(tmp_path), "x.png"])]
     assert [os.path.relpath(name, tmp_path) for name in names[:2]] == [
         "a/1.png",
         "b/2.png",

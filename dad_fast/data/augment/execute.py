@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image
 
-from dad_fast.data.augment.policy import Branches, Op
-from dad_fast.data.augment.records import FILL, MEAN, STD, AugmentRecord, Erase
+from dad_fast.data.augment.apply_pixmix import mix_pictures
+from dad_fast.data.augment.apply_prime import average_prime
+from dad_fast.data.augment.operations import FILTERS, apply
+from dad_fast.data.augment.pixmix import PixMixed
+from dad_fast.data.augment.policy import FILL, Branches
+from dad_fast.data.augment.prime import PrimeChains
+from dad_fast.data.augment.records import MEAN, STD, AugmentRecord, Erase
 from dad_fast.errors import UsageError
 
 # Largest resized image before its crop: 200 MB.
 MOST_PIXELS = 1 << 26
-
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 def execute(record: AugmentRecord, image: Image.Image) -> np.ndarray:
@@ -36,15 +33,15 @@ def execute(record: AugmentRecord, image: Image.Image) -> np.ndarray:
         image = image.crop((left, top, left + width, top + height))
     side = record.img_size
     if image.size != (side, side):
-        image = image.resize((side, side), _FILTERS[record.interpolation])
+        image = image.resize((side, side), FILTERS[record.interpolation])
     if record.hflip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if record.vflip:
         image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     for op in record.ops:
-        image = _OPS[op.name](image, op)
-    if record.branches is not None:
-        image = _averaged(image, record.branches)
+        image = apply(op, image)
+    if record.blend is not None:
+        image = _BLENDS[type(record.blend)](image, record.blend)
     pixels = np.asarray(image)
     if record.erase is not None:
         top, left, height, width = record.erase[:4]
@@ -65,15 +62,15 @@ def eval_transform(
     The shorter side becomes floor(img_size / crop_pct), or with `squashed` both sides (timm's
     crop_mode "squash"); the crop is the centre. crop_pct above 1 pads with black.
     """
-    if interpolation not in _FILTERS:
+    if interpolation not in FILTERS:
         raise UsageError(
-            f"--interpolation {interpolation}: not a filter; choose from {', '.join(_FILTERS)}"
+            f"--interpolation {interpolation}: not a filter; choose from {', '.join(FILTERS)}"
         )
     if not squashed:
         image = _cut_far_ends(image, math.floor(img_size / crop_pct))
     size, (left, top) = eval_size(image.width, image.height, img_size, crop_pct, squashed)
     if size != image.size:
-        image = image.resize(size, _FILTERS[interpolation])
+        image = image.resize(size, FILTERS[interpolation])
     if size != (img_size, img_size):
         image = image.crop((left, top, left + img_size, top + img_size))
     return np.asarray(image)
@@ -134,74 +131,14 @@ def _averaged(image: Image.Image, branches: Branches) -> Image.Image:
     for weight, chain in zip(branches.weights, branches.chains, strict=True):
         branch = image
         for op in chain:
-            branch = _OPS[op.name](branch, op)
+            branch = apply(op, branch)
         average += np.float32(weight) * np.asarray(branch, np.float32)
     levels = average.clip(0, 255).astype(np.uint8)
     return Image.blend(image, Image.fromarray(levels), float(np.float32(branches.share)))
 
 
-def affine_matrix(op: Op, side: int) -> tuple[float, ...]:
-    """Return (a, b, c, d, e, f) of a geometric operation on a square image.
-
-    The output at (x, y) is the input at (a*x + b*y + c, d*x + e*y + f). Coordinates are in pixels;
-    (0, 0) is the corner of the first pixel.
-    """
-    if op.name == "rotate":
-        angle = math.radians(op.value)
-        cos, sin = math.cos(angle), math.sin(angle)
-        half = side / 2.0
-        right = half - cos * half + sin * half
-        down = half - sin * half - cos * half
-        return cos, -sin, right, sin, cos, down
-    x_by_y = op.value if op.name == "shear_x" else 0.0
-    y_by_x = op.value if op.name == "shear_y" else 0.0
-    right = op.value * side if op.name == "translate_x" else 0.0
-    down = op.value * side if op.name == "translate_y" else 0.0
-    return 1.0, x_by_y, right, y_by_x, 1.0, down
-
-
-def _affine(image: Image.Image, op: Op) -> Image.Image:
-    matrix = affine_matrix(op, image.size[0])
-    return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        matrix,
-        resample=_FILTERS[op.interpolation],
-        fillcolor=FILL,
-    )
-
-
-def _posterize(image: Image.Image, op: Op) -> Image.Image:
-    """Keep the highest bits; 0 bits is black.
-
-    timm's ranges include 0 bits, which ImageOps.posterize refuses since Pillow 13.
-    """
-    mask = 256 - (1 << (8 - int(op.value)))
-    return image.point([value & mask for value in range(256)] * 3)
-
-
-def _solarize_add(image: Image.Image, op: Op) -> Image.Image:
-    table = [min(255, value + int(op.value)) if value < 128 else value for value in range(256)]
-    return image.point(table * 3)
-
-
-_OPS: dict[str, Callable[[Image.Image, Op], Image.Image]] = {
-    "auto_contrast": lambda image, op: ImageOps.autocontrast(image),
-    "equalize": lambda image, op: ImageOps.equalize(image),
-    "invert": lambda image, op: ImageOps.invert(image),
-    "rotate": lambda image, op: image.rotate(
-        op.value, resample=_FILTERS[op.interpolation], fillcolor=FILL
-    ),
-    "shear_x": _affine,
-    "shear_y": _affine,
-    "translate_x": _affine,
-    "translate_y": _affine,
-    "posterize": _posterize,
-    "solarize": lambda image, op: ImageOps.solarize(image, int(op.value)),
-    "solarize_add": _solarize_add,
-    "color": lambda image, op: ImageEnhance.Color(image).enhance(op.value),
-    "contrast": lambda image, op: ImageEnhance.Contrast(image).enhance(op.value),
-    "brightness": lambda image, op: ImageEnhance.Brightness(image).enhance(op.value),
-    "sharpness": lambda image, op: ImageEnhance.Sharpness(image).enhance(op.value),
-    "gaussian_blur": lambda image, op: image.filter(ImageFilter.GaussianBlur(radius=op.value)),
+_BLENDS: dict[type, Callable[[Image.Image, Any], Image.Image]] = {
+    Branches: _averaged,
+    PixMixed: mix_pictures,
+    PrimeChains: average_prime,
 }

@@ -3,7 +3,8 @@
 timm parses its own policies (RandAugment, AutoAugment, 3-Augment, AugMix), so operations, settings
 and defaults are timm's. TrivialAugment, which timm does not have, is torchvision's. Sources:
 AutoAugment, arXiv 1805.09501; RandAugment, 1909.13719; AugMix, 1912.02781, without its split loss;
-TrivialAugment (wide), 2103.10158; 3-Augment, of DeiT III, 2204.07118.
+TrivialAugment (wide), 2103.10158; 3-Augment, of DeiT III, 2204.07118. PixMix and PRIME have files of
+their own.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from typing import NamedTuple, Protocol
 
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.names import TRIVIAL, check_policy
+from dad_fast.data.augment.pixmix import PixMix, PixMixed
 from dad_fast.data.augment.policy import AUGMIX_ARGUMENTS, Branches, Op, TimmOp, with_filter
+from dad_fast.data.augment.prime import Prime, PrimeChains
 from dad_fast.keyed_random import Draws
+
+# Several images made from one, and how they are put together
+Blend = Branches | PixMixed | PrimeChains
 
 
 class Sampled(NamedTuple):
-    """Operations in order, or chains of them to average."""
+    """Operations in order, or a blend."""
 
     ops: tuple[Op, ...] = ()
-    branches: Branches | None = None
+    blend: Blend | None = None
 
 
 class Policy(Protocol):
@@ -42,11 +48,19 @@ class Policy(Protocol):
 
 
 @lru_cache(maxsize=8)
-def parse_policy(text: str) -> Policy:
-    """Parse `--aa`. Raises UsageError that names it."""
+def parse_policy(text: str, pictures: str = "") -> Policy:
+    """Parse `--aa`. Raises UsageError that names it.
+
+    pictures: a folder of pictures for PixMix in place of fractals.
+    """
     check_policy(text)
     if text in TRIVIAL:
         return TrivialAugment()
+    name, *sections = text.split("-")
+    if name == "pixmix":
+        return Blending(PixMix.parse(sections, pictures))
+    if name == "prime":
+        return Blending(Prime.parse(sections))
     # Imports torch.
     from timm.data import auto_augment as timm
 
@@ -140,7 +154,18 @@ class AugMix:
             chosen = [self.ops[draws.below(len(self.ops))] for _ in range(depth)]
             ops = (op.draw(draws, interpolation, AUGMIX_ARGUMENTS) for op in chosen)
             chains.append(tuple(op for op in ops if op is not None))
-        return Sampled(branches=Branches(tuple(chains), weights, share))
+        return Sampled(blend=Branches(tuple(chains), weights, share))
+
+
+@dataclass(frozen=True)
+class Blending:
+    """A policy that blends images and applies no operation to the whole."""
+
+    policy: PixMix | Prime
+    most_ops: int = 0
+
+    def sample(self, draws: Draws, interpolation: str, img_size: int) -> Sampled:
+        return Sampled(blend=self.policy.draw(draws, interpolation, img_size))
 
 
 class TrivialAugment:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from dad_fast.keyed_random import Draws
 
+# Colour of pixels that no image covers: 255 times the ImageNet mean, rounded.
+FILL = (124, 116, 104)
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 

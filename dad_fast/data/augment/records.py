@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dad_fast.config.schema import AugmentConfig
-from dad_fast.data.augment.policies import Sampled, parse_policy, uses_color_jitter
-from dad_fast.data.augment.policy import Branches, Op
+from dad_fast.data.augment.policies import Blend, Sampled, parse_policy, uses_color_jitter
+from dad_fast.data.augment.policy import Op
 from dad_fast.keyed_random import ERASE, MIX, RECORD, Draws, raw_bits
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-FILL = (124, 116, 104)  # 255 times MEAN, rounded
 
 NO_MIX, MIXUP, CUTMIX = range(3)
 
@@ -46,7 +45,7 @@ class AugmentRecord:
 
     `size` is the source's (width, height); `crop` is (left, top, width, height) in source pixels,
     resized to `img_size` squared with `interpolation`; `ops` follow in order, on the square image,
-    then `branches`.
+    then `blend`.
     """
 
     epoch: int
@@ -59,7 +58,7 @@ class AugmentRecord:
     vflip: bool
     ops: tuple[Op, ...]
     erase: Erase | None
-    branches: Branches | None = None
+    blend: Blend | None = None
 
 
 class Mix(NamedTuple):
@@ -105,7 +104,7 @@ def sample_record(
     found = Sampled()
     if aug.aa:
         op_filter = "" if random_filter else aug.train_interpolation
-        found = parse_policy(aug.aa).sample(draws, op_filter, img_size)
+        found = parse_policy(aug.aa, aug.pixmix_pictures).sample(draws, op_filter, img_size)
     ops = found.ops
     if uses_color_jitter(aug):
         ops += _color_jitter(draws, aug.color_jitter)
@@ -116,7 +115,7 @@ def sample_record(
     size = width, height
     flips = hflip, vflip
     return AugmentRecord(
-        epoch, sample, size, img_size, crop, interpolation, *flips, ops, erase, found.branches
+        epoch, sample, size, img_size, crop, interpolation, *flips, ops, erase, found.blend
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dad_fast.data.augment.execute import eval_transform
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.workers import iterate
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.decode import DecodeError
@@ -46,30 +47,27 @@ def num_blocks(source: Source, size: int) -> int:
 class _Blocks(Dataset[ImageBlock]):
     """Block number -> ImageBlock."""
 
-    def __init__(
-        self, source: Source, size: int, img_size: int, crop_pct: float, interpolation: str
-    ) -> None:
-        self.source, self.size = source, size
-        self.transform = (img_size, crop_pct, interpolation)
+    def __init__(self, source: Source, size: int, view: View) -> None:
+        self.source, self.size, self.view = source, size, view
 
     def __getitem__(self, number: int) -> ImageBlock:
-        source, side = self.source, self.transform[0]
+        source, side = self.source, self.view.image_size
         first = number * self.size
         samples = np.minimum(np.arange(first, first + self.size), len(source) - 1)
         num_real = min(self.size, len(source) - first)
         images = torch.zeros(self.size, side, side, 3, dtype=torch.uint8)
-        view = images.numpy()
+        rows = images.numpy()
         readable = source.ok[samples].copy()
         unreadable = []
         for row in range(num_real):
             if not readable[row]:
                 continue
             try:
-                view[row] = eval_transform(source.read(int(samples[row])), *self.transform)
+                rows[row] = eval_transform(source.read(int(samples[row])), *self.view)
             except DecodeError:
                 readable[row] = False
                 unreadable.append(source.keys[int(samples[row])])
-        view[num_real:] = view[num_real - 1]
+        rows[num_real:] = rows[num_real - 1]
         readable[num_real:] = readable[num_real - 1]
         return ImageBlock(
             number,
@@ -86,13 +84,9 @@ def blocks(
     source: Source,
     numbers: Sequence[int],
     size: int,
-    img_size: int,
-    crop_pct: float,
-    interpolation: str,
+    view: View,
     workers: int,
     pin_memory: bool = False,
 ) -> Iterator[ImageBlock]:
     """Yield the blocks `numbers` in that order, made by `workers` processes (0: this process)."""
-    return iterate(
-        _Blocks(source, size, img_size, crop_pct, interpolation), numbers, workers, pin_memory
-    )
+    return iterate(_Blocks(source, size, view), numbers, workers, pin_memory)

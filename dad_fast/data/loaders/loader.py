@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from dad_fast.config.schema import AugmentConfig
 from dad_fast.data.augment.execute import eval_transform
 from dad_fast.data.augment.records import uses_mixing
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.steps import Batch, TrainSteps
 from dad_fast.data.loaders.workers import iterate, loader_processes
 from dad_fast.data.sources.base import Source
@@ -129,15 +130,11 @@ class _EvalBatches(Dataset[EvalBatch]):
     def __init__(
         self,
         source: Source,
-        img_size: int,
-        crop_pct: float,
-        interpolation: str,
+        view: View,
         batch_size: int,
-        squashed: bool,
     ) -> None:
         self.source = source
-        self.img_size = img_size
-        self.transform = (img_size, crop_pct, interpolation, squashed)
+        self.view = view
         self.batch_size = batch_size
         self.samples = np.flatnonzero(source.ok)
 
@@ -147,11 +144,12 @@ class _EvalBatches(Dataset[EvalBatch]):
     def made(self, number: int, skip: Callable[[int, int], bool]) -> EvalBatch:
         """Make the batch; rows for which `skip(row, sample)` is true are left for the caller."""
         samples = self.samples[number * self.batch_size : (number + 1) * self.batch_size]
-        images = torch.empty(len(samples), self.img_size, self.img_size, 3, dtype=torch.uint8)
-        view = images.numpy()
+        side = self.view.image_size
+        images = torch.empty(len(samples), side, side, 3, dtype=torch.uint8)
+        rows = images.numpy()
         for row, sample in enumerate(samples):
             if not skip(row, int(sample)):
-                view[row] = eval_transform(self.source.read(int(sample)), *self.transform)
+                rows[row] = eval_transform(self.source.read(int(sample)), *self.view)
         return EvalBatch(
             images.permute(0, 3, 1, 2),
             torch.from_numpy(self.source.labels[samples]),
@@ -169,18 +167,12 @@ class EvalLoader:
     def __init__(
         self,
         source: Source,
-        img_size: int,
-        crop_pct: float,
-        interpolation: str,
+        view: View,
         batch_size: int,
         workers: int,
         pin_memory: bool = False,
-        *,
-        squashed: bool = False,
     ) -> None:
-        self._batches = _EvalBatches(
-            source, img_size, crop_pct, interpolation, batch_size, squashed
-        )
+        self._batches = _EvalBatches(source, view, batch_size)
         self.workers = loader_processes(workers)
         self.pin_memory = pin_memory
         self.num_images = len(self._batches.samples)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -48,13 +50,24 @@ class Source(Protocol):
         """Return one line for the log."""
 
 
+class Listed(NamedTuple):
+    """Images of a split before an index exists, not verified. name: of the data, for the log."""
+
+    name: str
+    classes: ClassMap
+    entries: list[Entry]
+
+
 class Listing(Protocol):
     """Images of a source before an index exists: for checks and counts that write no index."""
 
     def has_split(self, split: str) -> bool: ...
 
-    def images(self, split: str, fixed: ClassMap | None) -> tuple[ClassMap, list[Entry]]:
-        """Return the class list, `fixed` if it is given, and the images of a split, not verified.
+    def images(self, split: str, fixed: ClassMap | None) -> Listed:
+        """Return the images of a split and the class list, which is `fixed` if it is given.
 
         Raises UsageError without such a split, DataError for a label that is not in `fixed`.
         """
+
+    def contents(self, split: str) -> Iterator[tuple[str, Path | BytesIO]]:
+        """Yield the name of each image and what PIL opens. Needs no labels."""

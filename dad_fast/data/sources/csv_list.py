@@ -9,13 +9,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from collections.abc import Iterator
 from functools import lru_cache, partial
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from dad_fast.data.classes import ClassMap, readable_names
+from dad_fast.data.sources.base import Listed
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.index import PENDING, Entry, index_entries, index_file
 from dad_fast.data.sources.names import PackedStrings, shown, some
@@ -39,7 +42,7 @@ class CsvList:
     def __init__(self, file: Path, lines: list[tuple[str, str, str]], has_splits: bool) -> None:
         """lines: path, label and split of each row."""
         self.file = file
-        self.labels = sorted({label for _, label, _ in lines}, key=_order)
+        self.labels = sorted({label for _, label, _ in lines}, key=label_order)
         self.splits = sorted({split for _, _, split in lines}) if has_splits else []
         label_place = {label: i for i, label in enumerate(self.labels)}
         split_place = {split: i for i, split in enumerate(self.splits)}
@@ -99,8 +102,12 @@ class CsvList:
             found = pool.map(partial(_entries_of, self), chunks)
             return [entry for chunk in found for entry in chunk]
 
-    def images(self, split: str, fixed: ClassMap | None) -> tuple[ClassMap, list[Entry]]:
-        return self.classes(fixed), self.entries(split)
+    def images(self, split: str, fixed: ClassMap | None) -> Listed:
+        return Listed(f"csv:{self.file}", self.classes(fixed), self.entries(split))
+
+    def contents(self, split: str) -> Iterator[tuple[str, Path | BytesIO]]:
+        for row in self.rows(split).tolist():
+            yield self.paths[row], self.file.parent / self.paths[row]
 
     def class_numbers(self, rows: np.ndarray, classes: ClassMap) -> np.ndarray:
         """Return the labels of rows, int64 [N]. Raises DataError for one that is no class."""
@@ -212,7 +219,7 @@ def _entries_of(listed: CsvList, rows: list[int]) -> list[Entry]:
     return found
 
 
-def _order(label: str) -> tuple[bool, int, str]:
+def label_order(label: str) -> tuple[bool, int, str]:
     """Sort key of labels: class numbers by value, before other labels."""
     number = label.isascii() and label.isdigit() and len(label) < 10
     return not number, int(label) if number else 0, label

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from dad_fast.data.classes import ClassMap
+from dad_fast.data.sources.base import Listed
 from dad_fast.data.sources.decode import read_rgb, read_unchanged
 from dad_fast.data.sources.index import (
     Entry,
@@ -17,9 +19,11 @@ from dad_fast.data.sources.index import (
     files_of,
     report_bad,
     report_few_bits,
+    scan_folder,
 )
 from dad_fast.data.sources.names import PackedStrings, shown, some
-from dad_fast.data.sources.tar import shards_hint
+from dad_fast.data.sources.tar import find_shards, shards_hint
+from dad_fast.data.sources.tar_index import read_shards, scan_shards
 from dad_fast.errors import DataError
 
 
@@ -87,6 +91,46 @@ class FolderSource:
         text = f"{self.name}: {len(self):,} images of {len(self.classes):,} classes"
         bad = int((~self.ok).sum())
         return f"{text}, {bad:,} unreadable" if bad else text
+
+
+class PathListing:
+    """The images of a path: of an image folder or of shards. A Listing; opens no image."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def has_split(self, split: str) -> bool:
+        """Return whether the folder, or the first shard of a pattern, exists."""
+        if (Path(self.path) / split).is_dir():
+            return True
+        shards = find_shards(self.path, split) if split.endswith(".tar") else None
+        return shards is not None and (shards[0] / shards[1][0]).is_file()
+
+    def images(self, split: str, fixed: ClassMap | None) -> Listed:
+        shards = find_shards(self.path, split)
+        if shards is not None:
+            return list_shards(*shards, fixed)
+        folder = find_folder(Path(self.path), split)
+        classes = fixed or ClassMap.from_folders(folder)
+        return Listed(str(folder), classes, scan_folder(folder, classes.folders)[0])
+
+    def contents(self, split: str) -> Iterator[tuple[str, Path | BytesIO]]:
+        shards = find_shards(self.path, split)
+        if shards is not None:
+            yield from read_shards(*shards)
+            return
+        folder = find_folder(Path(self.path), split)
+        for entry in scan_folder(folder, [""])[0]:
+            path = folder / entry.path
+            yield str(path), path
+
+
+def list_shards(base: Path, names: Sequence[str], fixed: ClassMap | None) -> Listed:
+    """List the images of shards from their headers; without `fixed`, classes are numbers."""
+    entries = scan_shards(base, names)
+    highest = max((int(entry.label) for entry in entries if entry.label), default=0)
+    name = f"{len(names):,} shards in {base}"
+    return Listed(name, fixed or ClassMap.numbered(highest + 1), entries)
 
 
 def open_folder(

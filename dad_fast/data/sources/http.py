@@ -14,17 +14,20 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
 
 from dad_fast.cache import cache_dir, one_at_a_time
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.sources.index import Entry
+from dad_fast.data.sources.base import Listed
+from dad_fast.data.sources.folder import list_shards
 from dad_fast.data.sources.names import shown
 from dad_fast.data.sources.pool import progress_bar
 from dad_fast.data.sources.tar import TarSource, expand
-from dad_fast.data.sources.tar_index import scan_shards
+from dad_fast.data.sources.tar_index import read_shards
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 
 log = logging.getLogger("dad_fast.data")
@@ -48,12 +51,14 @@ class HttpShards:
     def has_split(self, split: str) -> bool:
         return (split or self.url).endswith(".tar")
 
-    def images(self, split: str, fixed: ClassMap | None) -> tuple[ClassMap, list[Entry]]:
+    def images(self, split: str, fixed: ClassMap | None) -> Listed:
         """Download the shards and list their images from the headers."""
-        entries = scan_shards(*self.download(split)[:2])
-        highest = max((int(entry.label) for entry in entries if entry.label), default=0)
-        numbers = ClassMap(tuple((i, str(i), str(i)) for i in range(highest + 1)))
-        return fixed or numbers, entries
+        folder, names, _ = self.download(split)
+        return list_shards(folder, names, fixed)._replace(name=self.url)
+
+    def contents(self, split: str) -> Iterator[tuple[str, Path | BytesIO]]:
+        folder, names, _ = self.download(split)
+        yield from read_shards(folder, names)
 
     def download(self, split: str) -> tuple[Path, list[str], str]:
         """Return the folder and the names of a split's shards in the cache, and their URL.
@@ -88,12 +93,12 @@ class HttpShards:
                     ) from error
             with progress_bar(len(missing), f"downloading {base}") as advance:
                 for name in missing:
-                    _download(f"{base}/{quote(name)}", folder / name)
+                    download_file(f"{base}/{quote(name)}", folder / name)
                     advance(1)
         return folder, names, base
 
 
-def _download(url: str, file: Path) -> None:
+def download_file(url: str, file: Path) -> None:
     """Download a file whole or not at all, in several tries."""
     pause = _PAUSE
     for left in reversed(range(_TRIES)):

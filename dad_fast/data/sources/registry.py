@@ -24,15 +24,21 @@ SOURCES: Registry[Factory] = Registry("data source", "dad_fast.sources", "--data
 SOURCES.add("csv", "dad_fast.data.sources.csv_list:open_csv")
 SOURCES.add("embedded", "dad_fast.data.sources.embedded:open_embedded")
 SOURCES.add("folder", "dad_fast.data.sources.folder:open_folder")
+SOURCES.add("hfds", "dad_fast.data.sources.arrow.hfds:open_hfds")
 SOURCES.add("http", "dad_fast.data.sources.http:open_http")
 SOURCES.add("https", "dad_fast.data.sources.http:open_https")
+SOURCES.add("parquet", "dad_fast.data.sources.arrow.parquet:open_parquet")
 SOURCES.add("tar", "dad_fast.data.sources.tar:open_shards")
 LISTINGS: Registry[Callable[[str], Listing]] = Registry(
     "listing of a data source", "dad_fast.listings", "--data-dir"
 )
 LISTINGS.add("csv", "dad_fast.data.sources.csv_list:read_csv")
+LISTINGS.add("folder", "dad_fast.data.sources.folder:PathListing")
+LISTINGS.add("hfds", "dad_fast.data.sources.arrow.hfds:HfDataset")
 LISTINGS.add("http", "dad_fast.data.sources.http:list_http")
 LISTINGS.add("https", "dad_fast.data.sources.http:list_https")
+LISTINGS.add("parquet", "dad_fast.data.sources.arrow.parquet:ParquetFiles")
+LISTINGS.add("tar", "dad_fast.data.sources.folder:PathListing")
 # Names under which other data sets have a split.
 OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "test")}
 
@@ -49,7 +55,8 @@ def open_source(
 
     Args:
         data_dir: a folder, a pattern of shards such as `/data/train-{000000..000099}.tar`,
-            `csv:FILE`, `embedded:digits`, or `NAME:ARGUMENT` of another source of the registry.
+            `csv:FILE`, `hfds:NAME@SPLIT`, `parquet:PATH`, `embedded:digits`, or `NAME:ARGUMENT` of
+            another source of the registry.
         split: a sub-folder of it, a pattern of shards in it, or a split of a named source. Empty:
             `data_dir` itself holds the class folders or shards. A folder with shards and no
             sub-folder is read as shards.
@@ -86,22 +93,17 @@ def is_named(data_dir: str) -> bool:
 
 
 def find_listing(data_dir: str) -> Listing | None:
-    """Return the listing of a named source; None for a path and for a source that has none.
+    """Return the listing of a path or of a named source; None for a source that has none.
 
     Raises DataError when the listing cannot be read.
     """
-    if not is_named(data_dir):
-        return None
-    name, argument = SOURCES.split(data_dir)
+    name, argument = SOURCES.split(data_dir) if is_named(data_dir) else ("folder", data_dir)
     listing = LISTINGS.find(name)
     return None if listing is None else listing(argument)
 
 
 def is_split(data_dir: str, split: str) -> bool:
     """Return whether the folder, or the first shard of a pattern, exists."""
-    from dad_fast.data.sources.tar import find_shards
+    from dad_fast.data.sources.folder import PathListing
 
-    if (Path(data_dir) / split).is_dir():
-        return True
-    shards = find_shards(data_dir, split) if split.endswith(".tar") else None
-    return shards is not None and (shards[0] / shards[1][0]).is_file()
+    return PathListing(data_dir).has_split(split)

@@ -15,8 +15,7 @@ import numpy as np
 
 from dad_fast.config.schema import DataConfig
 from dad_fast.data.classes import ClassMap
-from dad_fast.data.sources.base import Source
-from dad_fast.data.sources.index import Entry
+from dad_fast.data.sources.base import Listed, Source
 from dad_fast.data.sources.registry import (
     OTHER_NAMES,
     find_listing,
@@ -91,9 +90,9 @@ def has_split(data: DataConfig, split: str) -> bool:
     return bool(found.part) or is_split(data.data_dir, found.name)
 
 
-def list_split(data: DataConfig, split: str) -> tuple[ClassMap, list[Entry]] | None:
-    """Return the class list of a named source and the images of a split, not verified; None for a
-    source that cannot be listed. Writes no index.
+def list_split(data: DataConfig, split: str) -> Listed | None:
+    """Return the images of a split, not verified; None for a source that cannot be listed. Writes
+    no index.
 
     Raises UsageError for a missing split, DataError for a list that cannot be read.
     """
@@ -136,14 +135,13 @@ def _holds_out(data: DataConfig) -> bool:
 def _existing(data: DataConfig, split: str) -> str | None:
     """Return the name under which the data has a split, None if it has none.
 
-    Splits of named sources are known only to the source: where they matter it is listed or opened.
+    The splits of a source without a listing are known only to the source: where they matter it is
+    opened.
     """
-    if is_named(data.data_dir):
+    listing = find_listing(data.data_dir)
+    if listing is None:
         if not data.val_fraction:
             return split
-        listing = find_listing(data.data_dir)
-        if listing is not None:
-            return split if listing.has_split(split) else None
         try:
             open_source(data.data_dir, split, data.class_map, max_bad_share=1.0)
         except (UsageError, DataError):
@@ -154,4 +152,4 @@ def _existing(data: DataConfig, split: str) -> str | None:
         # The user asks for validation images of the training set: test images stay unseen.
         others = tuple(name for name in others if name != "test")
     names = (split, *others)
-    return next((name for name in names if is_split(data.data_dir, name)), None)
+    return next((name for name in names if listing.has_split(name)), None)

@@ -10,12 +10,10 @@ import numpy as np
 
 from dad_fast.config.schema import DataConfig
 from dad_fast.data.classes import ClassMap
+from dad_fast.data.sources.base import Listed
 from dad_fast.data.sources.folder import find_folder
 from dad_fast.data.sources.index import scan_folder
-from dad_fast.data.sources.registry import is_named
 from dad_fast.data.sources.splits import find_split, list_split, num_held_out, open_split
-from dad_fast.data.sources.tar import find_shards
-from dad_fast.data.sources.tar_index import scan_shards
 from dad_fast.data.sources.unlabelled import has_no_classes
 
 
@@ -33,27 +31,13 @@ def survey(data: DataConfig) -> DataFacts:
 
     Raises the errors of a run for data that is not there.
     """
-    fixed = ClassMap.from_csv(data.class_map) if data.class_map else None
-    listed = list_split(data, data.train_split)
-    if listed is None and is_named(data.data_dir):
+    listed = _list_training(data)
+    if listed is None:
         source = open_split(data, data.train_split)
         return DataFacts(source.name, len(source), 0, len(source.classes))
-    split, part = find_split(data, data.train_split)
-    shards = find_shards(data.data_dir, split) if listed is None else None
-    if listed is not None:
-        classes, entries = listed
-        name, num_classes = data.data_dir, len(classes)
-    elif shards is not None:
-        entries = scan_shards(*shards)
-        highest = max((int(entry.label) for entry in entries if entry.label), default=0)
-        name, num_classes = f"{len(shards[1]):,} shards in {shards[0]}", highest + 1
-    else:
-        folder = find_folder(Path(data.data_dir), split)
-        classes = fixed or ClassMap.from_folders(folder)
-        entries, _ = scan_folder(folder, [""] if has_no_classes(data) else classes.folders)
-        name, num_classes = str(folder), len(classes)
+    name, classes, entries = listed
     num_bytes, num_images = sum(entry.size for entry in entries), len(entries)
-    if part:
+    if find_split(data, data.train_split).part:
         kept = num_images - _num_held_out((entry.label for entry in entries), data.val_fraction)
         num_bytes, num_images = num_bytes * kept // max(1, num_images), kept
     if data.extra_data:
@@ -63,7 +47,15 @@ def survey(data: DataConfig) -> DataFacts:
             num_bytes + sum(entry.size for entry in further),
             num_images + len(further),
         )
-    return DataFacts(name, num_images, num_bytes, len(fixed) if fixed else num_classes)
+    return DataFacts(name, num_images, num_bytes, len(classes))
+
+
+def _list_training(data: DataConfig) -> Listed | None:
+    """Return the training images, with those held out, if the source can be listed."""
+    if not has_no_classes(data):
+        return list_split(data, data.train_split)
+    folder = find_folder(Path(data.data_dir), find_split(data, data.train_split).name)
+    return Listed(str(folder), ClassMap.from_csv(data.class_map), scan_folder(folder, [""])[0])
 
 
 def _num_held_out(labels: Iterable[str], fraction: float) -> int:

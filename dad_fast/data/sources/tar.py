@@ -21,9 +21,9 @@ from PIL import Image
 
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.decode import DecodeError, read_rgb, reason
-from dad_fast.data.sources.index import files_of, report_bad, report_few_bits
+from dad_fast.data.sources.index import Entry, files_of, report_bad, report_few_bits
 from dad_fast.data.sources.names import PackedStrings, shown, some
-from dad_fast.data.sources.tar_index import build_tar_index, read_bytes
+from dad_fast.data.sources.tar_index import Shard, build_tar_index, read_bytes
 from dad_fast.errors import DataError, UsageError
 
 log = logging.getLogger("dad_fast.data")
@@ -33,47 +33,46 @@ _RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-class TarSource:
-    """A split of WebDataset shards, in the order of the shards and of the images in each.
+class ShardSource:
+    """Images that lie in larger files, each at an offset, in the order of the files.
 
-    Without a class list the class numbers are their own names, from 0 to the highest. The
-    fingerprint covers names, sizes, labels and readability: a copy of the shards has the same one.
+    The fingerprint covers keys, sizes, labels and readability, not mtimes: a copy has the same one.
     """
+
+    shards = "shards"  # in the log
+    classes: ClassMap
 
     def __init__(
         self,
-        base: Path,
-        names: Sequence[str],
-        classes: ClassMap | None = None,
-        max_bad_share: float = 0.01,
-        name: str = "",
+        name: str,
+        shards: Sequence[Shard],
+        found: Sequence[Sequence[Entry]],
+        keys: Sequence[str],
+        max_bad_share: float,
     ) -> None:
-        last = f" … {names[-1]}" if len(names) > 1 else ""
-        self.name = name or f"{base}/{names[0]}{last}"
+        """found: the verified entries of each shard. keys: of the images of all shards.
+
+        Whoever inherits sets `labels` and `classes`.
+        """
+        self.name = name
         self.max_bad_share = max_bad_share
-        self._shards, found = build_tar_index(base, names)
+        self._shards = list(shards)
+        self.keys = keys
         entries = [entry for part in found for entry in part]
-        self.keys: Sequence[str] = PackedStrings(
-            f"{shown(name)}:{shown(entry.path)}"
-            for name, part in zip(names, found, strict=True)
-            for entry in part
-        )
-        self.labels = np.array([int(entry.label or 0) for entry in entries], dtype=np.int64)
+        self.labels = np.zeros(len(entries), dtype=np.int64)
         self.sizes = np.array([(entry.width, entry.height) for entry in entries], dtype=np.int32)
         self.ok = np.array([entry.ok for entry in entries], dtype=bool)
         self._shard_of = np.repeat(
             np.arange(len(found), dtype=np.int32), [len(part) for part in found]
         )
         self._offsets = np.array([entry.offset for entry in entries], dtype=np.int64)
-        self.files = files_of(entries, self.keys.__getitem__)
-        report_bad(self.name, self.files.bad, len(entries), max_bad_share)
-        report_few_bits(self.name, self.files)
-        self.classes = _check_labels(self.name, self.labels[self.ok], classes)
-        # Only unreadable images can have such a label.
-        self.labels[self.labels >= len(self.classes)] = 0
+        self.files = files_of(entries, keys.__getitem__)
+        report_bad(name, self.files.bad, len(entries), max_bad_share)
+        report_few_bits(name, self.files)
         digest = hashlib.sha256()
-        for key, entry in zip(self.keys, entries, strict=True):
-            digest.update(f"{key}\0{entry.size}\0{entry.label}\0{entry.ok}\n".encode())
+        for key, entry in zip(keys, entries, strict=True):
+            line = f"{key}\0{entry.size}\0{entry.label}\0{entry.ok}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -94,7 +93,7 @@ class TarSource:
 
     def describe(self) -> str:
         counts = f"{len(self):,} images of {len(self.classes):,} classes"
-        text = f"{self.name}: {counts} in {len(self._shards):,} shards"
+        text = f"{self.name}: {counts} in {len(self._shards):,} {self.shards}"
         bad = int((~self.ok).sum())
         return f"{text}, {bad:,} unreadable" if bad else text
 
@@ -104,6 +103,35 @@ class TarSource:
             int(self._offsets[index]),
             int(self.files.num_bytes[index]),
         )
+
+
+class TarSource(ShardSource):
+    """A split of WebDataset shards, in the order of the shards and of the images in each.
+
+    Without a class list the class numbers are their own names, from 0 to the highest.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        names: Sequence[str],
+        classes: ClassMap | None = None,
+        max_bad_share: float = 0.01,
+        name: str = "",
+    ) -> None:
+        last = f" … {names[-1]}" if len(names) > 1 else ""
+        shards, found = build_tar_index(base, names)
+        keys = PackedStrings(
+            f"{shown(name)}:{shown(entry.path)}"
+            for name, part in zip(names, found, strict=True)
+            for entry in part
+        )
+        super().__init__(name or f"{base}/{names[0]}{last}", shards, found, keys, max_bad_share)
+        labels = [int(entry.label or 0) for part in found for entry in part]
+        self.labels = np.array(labels, dtype=np.int64)
+        self.classes = check_labels(self.name, self.labels[self.ok], classes)
+        # Only unreadable images can have such a label.
+        self.labels[self.labels >= len(self.classes)] = 0
 
 
 def open_shards(
@@ -168,19 +196,19 @@ def shards_hint(folder: Path) -> str:
     return f"; its {count} can be named by a pattern, as in --train-split '{example}'"
 
 
-def expand(root: str, pattern: str, flags: str) -> tuple[Path, list[str]]:
+def expand(root: str, pattern: str, flags: str, extension: str = ".tar") -> tuple[Path, list[str]]:
     """Expand `a-{00..12}.tar` to thirteen names, with numbers as wide as the first one.
 
     Several ranges make all combinations.
     """
-    if not pattern.endswith(".tar"):
-        raise UsageError(f"{pattern}: a pattern of shards ends in .tar ({flags})")
+    if not pattern.endswith(extension):
+        raise UsageError(f"{pattern}: a pattern of shards ends in {extension} ({flags})")
     head, *rest = re.split(_RANGE, pattern)
     firsts, lasts, afters = rest[::3], rest[1::3], rest[2::3]
     if any(brace in part for part in (head, *afters) for brace in "{}"):
         raise UsageError(
             f"{pattern}: the braces of shards hold one range of numbers, "
-            f"as in train-{{000000..000099}}.tar ({flags})"
+            f"as in train-{{000000..000099}}{extension} ({flags})"
         )
     ranges = [range(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
     total = math.prod(map(len, ranges))
@@ -200,7 +228,7 @@ def expand(root: str, pattern: str, flags: str) -> tuple[Path, list[str]]:
     return Path(root) / (folder + slash), names
 
 
-def _check_labels(name: str, labels: np.ndarray, classes: ClassMap | None) -> ClassMap:
+def check_labels(name: str, labels: np.ndarray, classes: ClassMap | None) -> ClassMap:
     """Return the class list of class numbers [N], all of them ≥ 0."""
     present = np.unique(labels)
     highest = int(present[-1])
@@ -223,4 +251,4 @@ def _check_labels(name: str, labels: np.ndarray, classes: ClassMap | None) -> Cl
             name,
             some(map(str, absent)),
         )
-    return ClassMap(tuple((i, str(i), str(i)) for i in range(highest + 1)))
+    return ClassMap.numbered(highest + 1)

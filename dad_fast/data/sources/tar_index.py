@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from io import BytesIO
 from itertools import islice
@@ -100,8 +100,7 @@ def build_tar_index(base: Path, names: Sequence[str]) -> tuple[list[Shard], list
         raise DataError(
             f"{len(missing):,} of {len(paths):,} shards are missing: {some(missing)} (--data-dir)"
         )
-    with one_at_a_time(index_file(base.resolve()), f"indexing {base}"):
-        return _build(base, names, paths)
+    return build_shard_index(str(base), names, paths, _scan)
 
 
 def scan_shards(base: Path, names: Sequence[str]) -> list[Entry]:
@@ -112,8 +111,8 @@ def scan_shards(base: Path, names: Sequence[str]) -> list[Entry]:
     entries: list[Entry] = []
     for name in names:
         try:
-            shard = _stat(base / name)
-            known = load_index(index_file(Path(shard.path)), _about(shard))
+            shard = state_of(base / name)
+            known = load_index(index_file(Path(shard.path)), _about(shard, ""))
             entries += known or _scan(shard, shown(name))[0]
         except OSError as error:
             why = error.strerror or error
@@ -121,20 +120,48 @@ def scan_shards(base: Path, names: Sequence[str]) -> list[Entry]:
     return entries
 
 
+def read_shards(base: Path, names: Sequence[str]) -> Iterator[tuple[str, BytesIO]]:
+    """Yield the name and the content of each image. Raises the errors of `scan_shards`."""
+    for name in names:
+        entries = scan_shards(base, [name])
+        shard = state_of(base / name)
+        for entry in entries:
+            yield f"{name}:{entry.path}", _content(shard, entry)
+
+
+# Shard and its name -> its entries, not verified, and why there are none.
+Scan = Callable[[Shard, str], tuple[list[Entry], str]]
+
+
+def build_shard_index(
+    where: str, names: Sequence[str], paths: Sequence[Path], scan: Scan, detail: str = ""
+) -> tuple[list[Shard], list[list[Entry]]]:
+    """Return the shards at `paths` and the verified entries of each, in their order.
+
+    where: the data set, and names: the shards, for messages. detail: of the scan; indexes of
+    another one are made again. Raises DataError when a shard cannot be read or none has images.
+    """
+    first = index_file(paths[0].parent.resolve())
+    with one_at_a_time(first, f"indexing {where}"):
+        return _build(where, names, paths, scan, detail)
+
+
 def _build(
-    base: Path, names: Sequence[str], paths: Sequence[Path]
+    where: str, names: Sequence[str], paths: Sequence[Path], scan: Scan, detail: str
 ) -> tuple[list[Shard], list[list[Entry]]]:
     try:
-        shards = [_stat(path) for path in paths]
-        kept = [load_index(index_file(Path(shard.path)), _about(shard)) for shard in shards]
+        shards = [state_of(path) for path in paths]
+        files = [index_file(Path(shard.path)) for shard in shards]
+        states = [_about(shard, detail) for shard in shards]
+        kept = [load_index(file, state) for file, state in zip(files, states, strict=True)]
         stale = [number for number, entries in enumerate(kept) if not entries]
         if stale:
-            log.info("reading the headers of %s shards in %s", f"{len(stale):,}", base)
+            log.info("listing the images of %s shards in %s", f"{len(stale):,}", where)
         with threads() as pool:
-            scanned = pool.map(lambda number: _scan(shards[number], shown(names[number])), stale)
+            scanned = pool.map(lambda number: scan(shards[number], shown(names[number])), stale)
             scans = list(scanned)
     except OSError as error:
-        name, why = shown(str(error.filename or base)), error.strerror or error
+        name, why = shown(str(error.filename or where)), error.strerror or error
         raise DataError(f"{name}: cannot be read: {why} (--data-dir)") from error
 
     found = [entries for entries, _ in scans]
@@ -147,12 +174,11 @@ def _build(
         (partial(_content, shards[number]), entries)
         for number, entries in zip(stale, found, strict=True)
     ]
-    verified = verify_all(parts, str(base))
+    verified = verify_all(parts, where)
     unkept = 0
     for number, entries in zip(stale, found, strict=True):
-        shard = shards[number]
         kept[number] = list(islice(verified, len(entries)))
-        unkept += not save_index(index_file(Path(shard.path)), _about(shard), kept[number])
+        unkept += not save_index(files[number], states[number], kept[number])
     if unkept:
         log.warning(
             "%s cannot be written: the indexes of %s shards are not kept and are made again "
@@ -163,13 +189,14 @@ def _build(
     return shards, kept
 
 
-def _stat(path: Path) -> Shard:
+def state_of(path: Path) -> Shard:
+    """Return the state of a file. Raises OSError."""
     stat = path.stat()
     return Shard(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
-def _about(shard: Shard) -> str:
-    return f"shard {shard.path!r} of {shard.size} bytes, mtime {shard.mtime}"
+def _about(shard: Shard, detail: str) -> str:
+    return f"shard {shard.path!r} of {shard.size} bytes, mtime {shard.mtime}{detail}"
 
 
 def _content(shard: Shard, entry: Entry) -> BytesIO:

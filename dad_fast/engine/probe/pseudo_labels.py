@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dad_fast.cache import cache_dir
 from dad_fast.data.augment.mixing import to_pixels
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.subset import Subset
@@ -33,15 +34,6 @@ from dad_fast.models.weights.files import read_state_dict, write_safetensors
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class WeakView(NamedTuple):
-    """timm's evaluation view."""
-
-    img_size: int
-    crop_pct: float
-    interpolation: str
-    squashed: bool
-
-
 class PseudoLabels:
     """Labels and confidences of a source's samples; `prepare` makes or reads them."""
 
@@ -49,7 +41,7 @@ class PseudoLabels:
         self,
         teacher: Teacher,
         source: Source,
-        view: WeakView,
+        view: View,
         identity: Mapping[str, Any],
         batch_size: int,
         workers: int,
@@ -122,14 +114,7 @@ class PseudoLabels:
         mine = share(np.flatnonzero(self.source.ok), self.batch_size)
         subset = Subset(self.source, mine, self.source.labels[mine])
         pin = self.device.type == "cuda"
-        loader = EvalLoader(
-            subset,
-            *self.view[:3],
-            self.batch_size,
-            self.workers,
-            pin_memory=pin,
-            squashed=self.view.squashed,
-        )
+        loader = EvalLoader(subset, self.view, self.batch_size, self.workers, pin_memory=pin)
         progress = Lines(log, "pseudo-labels", len(mine))
         done = 0
         for batch in loader:

@@ -8,6 +8,7 @@ from hashlib import sha256
 
 import numpy as np
 
+from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.subset import Subset
@@ -39,7 +40,7 @@ class EvalSet:
     accepted: bool [G, K], the competing outputs that are right for each label. See there as well.
     parts: (corruption, severity) of each piece, where there are several.
     view: share of the resized image kept and filter, where the suite fixes them; None = the
-        model's.
+        model's. `view_for` gives the whole view.
     note: for the reader of the results: masked outputs, missing images.
     """
 
@@ -60,6 +61,10 @@ class EvalSet:
     def fingerprint(self) -> str:
         prints = [piece.fingerprint for piece in self.pieces]
         return prints[0] if len(prints) == 1 else sha256(" ".join(prints).encode()).hexdigest()
+
+    def view_for(self, own: View) -> View:
+        """Return the view of these images for a model whose own view is `own`."""
+        return View(own.image_size, *self.view) if self.view else own
 
     def output_of(self, labels: np.ndarray) -> np.ndarray:
         """Return the model's output for each label: the first of several, -1 for none."""

@@ -15,7 +15,14 @@ from dad_fast.config.schema import DataConfig, EvalConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.folder import find_folder
-from dad_fast.data.sources.registry import is_named, is_split, open_source
+from dad_fast.data.sources.names import shown, some
+from dad_fast.data.sources.registry import (
+    SOURCES,
+    find_listing,
+    is_named,
+    is_split,
+    open_source,
+)
 from dad_fast.data.sources.splits import find_split, has_split, list_split, open_split
 from dad_fast.data.sources.subset import Subset
 from dad_fast.errors import DataError, UsageError
@@ -24,6 +31,7 @@ from dad_fast.evaluate.suites.base import EvalSet, SuiteOptions, as_eval_set
 from dad_fast.evaluate.suites.folders import has_other_names, open_joined, split_class_map
 from dad_fast.evaluate.suites.imagenet import imagenet_classes
 from dad_fast.evaluate.suites.registry import PUBLISHED, SUBSET, SUITES
+from dad_fast.registry import PYTHON
 
 # Name and severity; None = every severity.
 Corruption = tuple[str, int | None]
@@ -42,12 +50,13 @@ class Suite:
 class _Named:
     """A parsed name: KIND=PATH, KIND, or without a kind PATH or a split.
 
-    path: with its @CLASSES.csv, if any.
+    path: with its @CLASSES.csv, if any. is_source: the path is NAME:ARGUMENT of a data source.
     """
 
     text: str
     kind: str
     path: str
+    is_source: bool = False
 
 
 def open_suites(
@@ -62,7 +71,9 @@ def open_suites(
       that name is in `data.data_dir`, or the kind needs no folder;
       `subset=PATH`: an image folder of some of the model's classes, which alone compete;
       a split of `data.data_dir` (a sub-folder, a pattern of shards or an embedded split), or the
-      path of an image folder or of WebDataset shards, with all of the model's classes.
+      path of an image folder or of WebDataset shards, with all of the model's classes;
+      a data source by name (`hfds:NAME@test`, `parquet:FOLDER@test`, `csv:FILE`), whose labels are
+      among the model's classes.
     `PATH@CLASSES.csv` maps the folders of an image folder to the model's classes (id,folder,name).
 
     Raises UsageError for a name that is none of these, DataError for a missing folder or for
@@ -96,7 +107,12 @@ def check_suites(names: Sequence[str], data: DataConfig) -> None:
     for name in others or (data.val_split,):
         one = _parse(name, data)
         path, _ = split_class_map(one.path)
-        if one.kind in (*PUBLISHED, SUBSET):
+        if one.is_source:
+            with _named(one):
+                listing = find_listing(path)
+                if listing is not None:
+                    listing.images("", None)
+        elif one.kind in (*PUBLISHED, SUBSET):
             if not Path(path).is_dir():
                 raise DataError(f"--suite {one.text}: no such folder")
         elif not one.kind and is_named(data.data_dir) and not is_split("", path):
@@ -138,7 +154,7 @@ def open_unknown(
     """
     path = str(Path(data.data_dir) / name) if has_split(data, name) else name
     corruption: Corruption | None = None
-    if is_split("", path):
+    if is_split("", path) or _is_source(path):
         eval_set = as_eval_set(open_source(path, max_bad_share=data.max_bad_share))
         label = Path(path).name or name
     else:
@@ -176,6 +192,8 @@ def classes_of(names: Sequence[str], data: DataConfig) -> ClassMap:
             f"--suite {first.text}: the class list of the model is unknown; "
             "give it with --class-map"
         )
+    if first.is_source:
+        return open_source(path).classes
     inside = is_named(data.data_dir) or has_split(data, path) or not is_split("", path)
     found = (open_split(data, path) if inside else open_source(path)).classes
     if first.kind and set(found.folders) <= set(imagenet_classes().folders):
@@ -184,6 +202,8 @@ def classes_of(names: Sequence[str], data: DataConfig) -> ClassMap:
 
 
 def _parse(name: str, data: DataConfig) -> _Named:
+    if _is_source(name):
+        return _Named(name, "", name, is_source=True)
     kind, equals, path = name.partition("=")
     if equals and not is_split("", name):
         if kind not in SUITES:
@@ -204,6 +224,21 @@ def _parse(name: str, data: DataConfig) -> _Named:
         return _Named(name, name, str(Path(data.data_dir) / name))
     # Kinds of other packages may know where their images are.
     return _Named(name, "", name) if name in PUBLISHED else _Named(name, name, "")
+
+
+def _is_source(name: str) -> bool:
+    """Return whether a name is NAME:ARGUMENT of a known data source; python:... is a suite's."""
+    known = ":" in name and not name.startswith(PYTHON) and SOURCES.split(name)[0] in SOURCES
+    return known and is_named(name)
+
+
+@contextmanager
+def _named(one: _Named) -> Iterator[None]:
+    """Let errors of the block name --suite."""
+    try:
+        yield
+    except (UsageError, DataError) as error:
+        raise type(error)(f"--suite {one.text}: {error}") from None
 
 
 def _is_corrupted(source: Source | EvalSet) -> bool:
@@ -243,6 +278,9 @@ def _open(
     if one.kind:
         given = SuiteOptions(options.allow_partial, options.c_preprocessing, data.max_bad_share)
         return SUITES[one.kind](one.path, classes, given)
+    if one.is_source:
+        with _named(one):
+            return open_source(one.path, classes=classes, max_bad_share=data.max_bad_share)
     path, class_map = split_class_map(one.path)
     if is_named(data.data_dir) and not is_split("", path):
         try:
@@ -278,6 +316,9 @@ def _check_place(one: _Named, path: str, data: DataConfig) -> None:
     if one.text == data.val_split and root.is_dir():
         find_folder(root, one.text)
     where = data.data_dir or "--data-dir"
+    if data.data_dir and root.is_dir():
+        folders = sorted(shown(item.name) for item in root.iterdir() if item.is_dir())
+        where = f"{where} (it has {some(folders) or 'none'})"
     raise DataError(
         f"--suite {one.text}: no corruption, no folder in {where} and no other folder"
         f"{_nearest(one.text)}"

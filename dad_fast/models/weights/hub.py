@@ -5,6 +5,7 @@ reachable.
 from __future__ import annotations
 
 import logging
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -39,9 +40,13 @@ def quiet() -> Iterator[None]:
 
 def reason_of(error: Exception) -> str:
     """Return a short reason why a download failed, in one line."""
-    if isinstance(error, LocalEntryNotFoundError):
-        return "the hub cannot be reached, and its cache lacks the file"
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+    # Libraries wrap the client's error in their own, with its text in the middle.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):
+            return "the hub cannot be reached, and its cache lacks the file"
+        cause = cause.__cause__ or cause.__context__
+    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
 
 
 def is_reachable() -> bool:

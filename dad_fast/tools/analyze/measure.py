@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dad_fast.config.schema import Config
 from dad_fast.data.augment.mixing import soft_targets, to_pixels
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.subset import Subset
 from dad_fast.discretizers.base import Discretizer
@@ -41,7 +42,6 @@ FILTERED = ("q_clean", "random_q", "dad")
 EXAMPLES = 8  # images of a sheet
 THUMBNAIL = 32  # largest side in pixels of images that are compared as pixels
 
-View = tuple[int, float, str]  # side in pixels, share kept, filter
 Progress = Callable[[int, int], None]
 Features = Callable[[Tensor], Tensor]  # pixels [B, 3, H, W] in [0, 1] -> [B, F]
 
@@ -215,7 +215,7 @@ def suite_features(
     eval_set = as_eval_set(suite.source)
     sizes = [len(piece) for piece in eval_set.pieces]
     chosen = choice(np.concatenate([piece.ok for piece in eval_set.pieces]), num_images, cfg.seed)
-    view = (view[0], *eval_set.view) if eval_set.view else view
+    view = eval_set.view_for(view)
     found: list[Tensor] = []
     places: list[np.ndarray] = []
     first = 0
@@ -241,7 +241,7 @@ def _batches(
     fully readable piece.
     """
     size = cfg.eval.batch_size or cfg.data.batch_size
-    loader = EvalLoader(piece, *view, size, cfg.data.workers, pin_memory=device.type == "cuda")
+    loader = EvalLoader(piece, view, size, cfg.data.workers, pin_memory=device.type == "cuda")
     done = 0
     for batch in loader:
         rows = torch.from_numpy(piece.rows)[batch.samples]

@@ -15,6 +15,7 @@ import torch
 from dad_fast.config import Config
 from dad_fast.config.options import AnalyzeLaunch
 from dad_fast.config.schema import StudentConfig
+from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.splits import open_split
 from dad_fast.data.sources.subset import Subset
@@ -37,7 +38,7 @@ from dad_fast.report.sheet import write_sheet
 from dad_fast.tools.analyze import measure as engine
 from dad_fast.tools.analyze.compare import compare
 from dad_fast.tools.analyze.distances import mean_distance, vendi_score
-from dad_fast.tools.analyze.measure import FILTERED, ImageSet, View
+from dad_fast.tools.analyze.measure import FILTERED, ImageSet
 from dad_fast.tools.analyze.tables import markdown
 
 
@@ -106,7 +107,7 @@ def run(cfg: Config, launch: AnalyzeLaunch) -> int:
         "data": source.name,
         "features": launch.features,
         "num_images": len(images),
-        "view": dict(zip(("img_size", "crop_pct", "interpolation"), view, strict=True)),
+        "view": view.record(),
         "seed": cfg.seed,
         "filter": cfg.loss.filter,
         "attack": asdict(cfg.attack),
@@ -178,17 +179,14 @@ def _view(cfg: Config, num_classes: int, student: Student | None, teacher_size: 
     """Return the student's view of an image in evaluation; without a student, the teacher's size
     and timm's usual crop.
     """
-    aug = cfg.augment
-    own = (teacher_size, 0.875, "bicubic")
     if student is None and cfg.student.name:
         student = build_student(
             StudentConfig(name=cfg.student.name, model_kwargs=cfg.student.model_kwargs),
             num_classes,
-            aug.img_size,
+            cfg.augment.img_size,
         )
-    if student is not None:
-        own = (student.image_size, student.crop_pct, student.interpolation)
-    return aug.img_size or own[0], aug.crop_pct or own[1], aug.interpolation or own[2]
+    own = View(teacher_size, 0.875, "bicubic") if student is None else student.view
+    return own.with_settings(cfg.augment)
 
 
 @torch.no_grad()
@@ -197,10 +195,10 @@ def _check_size(student: Student | None, view: View, device: torch.device) -> No
     if student is None:
         return
     try:
-        student(torch.zeros(1, 3, view[0], view[0], device=device))
+        student(torch.zeros(1, 3, view.image_size, view.image_size, device=device))
     except RuntimeError as error:
         raise UsageError(
-            f"--img-size {view[0]}: {student.name} cannot take it ({str(error).splitlines()[0]})"
+            f"--img-size {view.image_size}: {student.name} cannot take it ({str(error).splitlines()[0]})"
         ) from None
 
 

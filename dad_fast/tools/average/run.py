@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dad_fast.files import atomic_write_json
 from dad_fast.locks import LOCK, lock_folder
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress
+from dad_fast.models.places import checkpoint_file, run_settings
 from dad_fast.models.student import Student, save_student
 from dad_fast.models.weights.declared import CLASSES
 from dad_fast.tools.average.soup import Member, average, check_alike, estimate_batch_norm
@@ -54,8 +56,15 @@ def run(options: AverageOptions, flags: Mapping[str, Any]) -> int:
         atomic_write_json(target / RECORD, found.record())
     for line in found.lines():
         print(line)
-    print(f"{target}: {WEIGHTS}, {RECORD}; evaluate it with dad-fast eval {options.output}")
+    evaluate_it = ["dad-fast", "eval", options.output, "--data-dir", _data_of(members) or "DIR"]
+    print(f"{options.output}: {WEIGHTS}, {RECORD}; evaluate it with {shlex.join(evaluate_it)}")
     return 0
+
+
+def _data_of(members: Sequence[Member]) -> str:
+    """Return the data directory of the first run among the members, or ""."""
+    found = [run_settings(checkpoint_file(member.name))[0] for member in members]
+    return next((cfg.data.data_dir for cfg in found if cfg is not None), "")
 
 
 class _Work:
@@ -101,10 +110,7 @@ class _Work:
             suite.source,
             name=suite.name,
             corruption=suite.corruption,
-            img_size=student.image_size,
-            crop_pct=student.crop_pct,
-            interpolation=student.interpolation,
-            squashed=student.squashed,
+            view=student.view,
             batch_size=self.batch_size,
             workers=self.cfg.data.workers,
             device=self.device,

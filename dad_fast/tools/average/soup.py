@@ -115,10 +115,9 @@ def estimate_batch_norm(
     # Whole batches: every batch has the same weight.
     size = min(batch_size, len(chosen))
     chosen = chosen[: len(chosen) // size * size]
-    view = student.image_size, student.crop_pct, student.interpolation
 
     def batches() -> Iterator[Tensor]:
-        for batch in EvalLoader(images.taken(chosen), *view, size, workers):
+        for batch in EvalLoader(images.taken(chosen), student.view, size, workers):
             yield to_pixels(batch.images.to(device))
 
     update_bn(batches(), student)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from dad_fast.data.sources.base import Source
 from dad_fast.data.sources.index import Files
 from dad_fast.data.sources.names import shown, some
 from dad_fast.data.sources.pool import progress_bar
-from dad_fast.data.sources.registry import OTHER_NAMES, is_named, open_source
+from dad_fast.data.sources.registry import OTHER_NAMES, find_listing, open_source
 from dad_fast.errors import DataError, EnvironmentProblem
 from dad_fast.tools.doctor.row import Row, render
 
@@ -81,10 +80,11 @@ class _Collected(logging.Handler):
 def _split(options: DoctorOptions) -> str:
     if options.split is not None:
         return options.split
-    if is_named(options.data):
+    listing = find_listing(options.data)
+    if listing is None:
         return "train"
     names = ("train", *OTHER_NAMES["train"])
-    return next((name for name in names if (Path(options.data) / name).is_dir()), "")
+    return next((name for name in names if listing.has_split(name)), "")
 
 
 def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
@@ -100,7 +100,10 @@ def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
         for i, name in enumerate(source.classes.names)
     ]
     empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
-    detail = f"{counts.min():,} to {counts.max():,} images each, {np.median(counts):,.0f} in the median: {some(names)}"
+    least, most = counts.min(), counts.max()
+    detail = f"{most:,} images each: {some(names)}"
+    if least < most:
+        detail = f"{least:,} to {most:,} images each, {np.median(counts):,.0f} in the median: {some(names)}"
     if empty:
         detail += f"; without images: {some(empty)}"
     yield Row("classes", "wrong" if empty else "ok", detail)
@@ -139,7 +142,9 @@ def contents(source: Source, warnings: list[str]) -> Iterator[Row]:
         f"{sides[i][0]}x{sides[i][1]} px ({area[i] / 1e6:.2g} MP)" for i in (small, median, large)
     )
     detail = "smallest {}, median {}, largest {}".format(*shapes)
-    yield Row("sizes", "ok", f"{detail}; {area.sum() / 1e6:,.0f} megapixels in all")
+    megapixels = area.sum() / 1e6
+    total = f"{megapixels:,.0f}" if megapixels >= 10 else f"{megapixels:.2g}"
+    yield Row("sizes", "ok", f"{detail}; {total} megapixels in all")
 
 
 def _bytes(count: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dad_fast import __version__
 from dad_fast.loggers.environment import environment
-from dad_fast.tools.doctor.row import WIDTH, Row
+from dad_fast.tools.doctor.row import Row, columns
 
 BACK_ENDS = ("csrc", "csrc, CUDA", "triton", "apex", "dali", "xformers", "driver")
 
@@ -46,7 +46,7 @@ def bug_report(rows: Sequence[Row]) -> list[str]:
         for line in lines
         for wrapped in textwrap.wrap(
             line,
-            WIDTH,
+            columns(),
             initial_indent=" " * 4,
             subsequent_indent=" " * 6,
             break_long_words=False,

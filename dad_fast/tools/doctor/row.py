@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from typing import Literal, NamedTuple
 
 WIDTH = 100
+
+
+def columns() -> int:
+    """Return the width of the report: that of the terminal, from 60 to WIDTH."""
+    return min(WIDTH, max(60, shutil.get_terminal_size((WIDTH, 50)).columns))
 
 
 class Row(NamedTuple):
@@ -27,7 +33,7 @@ def render(row: Row, *, whole_words: bool = False) -> str:
     lead = f"{row.state:<6} {row.component:<18} "
     text = textwrap.fill(
         row.detail,
-        WIDTH,
+        columns(),
         initial_indent=lead,
         subsequent_indent=" " * len(lead),
         break_long_words=False,
@@ -36,7 +42,7 @@ def render(row: Row, *, whole_words: bool = False) -> str:
     if row.fix:
         text += "\n" + textwrap.fill(
             f"fix: {row.fix}",
-            WIDTH,
+            columns(),
             initial_indent=" " * len(lead),
             subsequent_indent=" " * len(lead),
         )

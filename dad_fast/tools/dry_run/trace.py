@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dad_fast.loggers.profiling import naming_stages
@@ -222,6 +222,8 @@ class Recorder(TorchDispatchMode):
         if "scaled_dot_product" in name:
             kind = ATTENTION
             flop = attention_flop(ins, backward=name.endswith("backward"))
+        elif packet is aten.convolution_backward:
+            kind, flop = CONV, convolution_backward_flop(args)
         elif packet in flop_registry:
             kind = CONV if "convolution" in name else MATMUL
             flop = int(flop_registry[packet](*args, **kwargs, out_val=out))
@@ -288,6 +290,16 @@ def attention_flop(tensors: list[Tensor], backward: bool) -> int:
     keys, values = v.shape[-2:]
     products = 2 * math.prod(q.shape[:-2]) * queries * keys
     return products * (2 * (width + values) if backward else width + values)
+
+
+def convolution_backward_flop(args: tuple[Any, ...]) -> int:
+    """Return the FLOP of the gradients of images and weights, of which each takes the products of
+    the forward pass. torch's own count takes all groups of the weights' gradient for one.
+    """
+    gradient, images, weight = args[:3]
+    is_transposed, wanted = args[7], args[10]
+    forward = conv_flop_count(images.shape, weight.shape, gradient.shape, is_transposed)
+    return int(sum(wanted[:2]) * forward)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Any) -> list[Tensor]:

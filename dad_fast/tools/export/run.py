@@ -83,7 +83,7 @@ def _export(options: ExportOptions, push: Push | None) -> int:
         atomic_write_json(folder / RECORD, record)
 
     for name, difference in checks.items():
-        print(f"{name:<28} the student's logits, to {difference:.1e} of the largest")
+        print(f"{name:<28} equals the student to {difference:.1e} of the largest logit")
     if student.calibration is not None:
         print(f"calibrated: {student.calibration}; every file divides the logits by it")
     print(

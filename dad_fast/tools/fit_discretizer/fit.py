@@ -22,6 +22,7 @@ from dad_fast.discretizers.vqgan.training import (
 )
 from dad_fast.engine.schedule import learning_rate
 from dad_fast.keyed_random import sample_seeds
+from dad_fast.tools.fit_discretizer.perceptual import Perceptual
 
 # Widths of the levels, relative to the first, by the side of a code in pixels
 CH_MULT = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}
@@ -50,13 +51,21 @@ def vqgan_config(options: FitOptions) -> VQGANConfig:
 
 
 class Fit:
-    """Trains a VQGAN by reconstruction (L1 + L2) and commitment.
+    """Trains a VQGAN by reconstruction (L1 + L2, and a perceptual term if given) and commitment.
 
     The codebook moves by averages of its latents; dead codes restart. FSQ has a fixed one.
     """
 
-    def __init__(self, options: FitOptions, total_steps: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        options: FitOptions,
+        total_steps: int,
+        device: torch.device,
+        perceptual: Perceptual | None = None,
+    ) -> None:
         self.options = options
+        self.perceptual = perceptual
+        self.losses = (*LOSSES, "perceptual") if perceptual else LOSSES
         self.total_steps = total_steps
         self.device = device
         self.vqgan = VQGAN(vqgan_config(options)).to(device)
@@ -74,7 +83,7 @@ class Fit:
         self.dead = DeadCodes(self.vqgan)
         self.moving = MovingCodebook(self.vqgan, options.decay)
         # Of the steps since the last log line: sums of the losses, their number, uses of each code
-        self.sums = torch.zeros(len(LOSSES) + 1, device=device)
+        self.sums = torch.zeros(len(self.losses) + 1, device=device)
         self.uses = torch.zeros(self.vqgan.config.n_embed, dtype=torch.int64, device=device)
 
     def step(self, number: int, steps_per_epoch: int, pixels: Tensor) -> float:
@@ -89,6 +98,11 @@ class Fit:
             self.moving.restart(self.dead.restart(latents, drawn))
         found = training_pass(self.vqgan, pixels, latents)
         loss = found.l1 + found.l2 + self.options.commitment * found.commitment
+        values = [found.l1, found.l2, found.commitment]
+        if self.perceptual is not None:
+            distance = self.perceptual((found.decoded + 1.0) / 2.0, pixels)
+            loss = loss + self.options.perceptual_weight * distance
+            values.append(distance)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.vqgan.parameters(), 1.0)
@@ -96,7 +110,7 @@ class Fit:
         if self.is_learned:
             self.dead.count(found.codes)
             self.moving.update(latents, found.codes)
-        values = loss, found.l1, found.l2, found.commitment, loss.new_ones(())
+        values = [loss, *values, loss.new_ones(())]
         self.sums += torch.stack([value.detach().float() for value in values])
         self.uses += torch.bincount(found.codes.flatten(), minlength=len(self.uses))
         return lr
@@ -115,7 +129,7 @@ class Fit:
         Reads from the device.
         """
         *sums, count = self.sums.tolist()
-        values = {name: value / count for name, value in zip(LOSSES, sums, strict=True)}
+        values = {name: value / count for name, value in zip(self.losses, sums, strict=True)}
         values["codes_used"] = (self.uses > 0).float().mean().item()
         values["perplexity"] = perplexity(self.uses)
         self.sums.zero_()

@@ -14,11 +14,12 @@ import torch
 from dad_fast.checkpoint.folder import CheckpointFolder
 from dad_fast.checkpoint.state import seed_generators
 from dad_fast.config.options_fit import FitOptions
-from dad_fast.config.schema import AugmentConfig
+from dad_fast.config.schema import AugmentConfig, DataConfig
 from dad_fast.data.augment.mixing import to_levels, to_pixels
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.loader import EvalLoader, TrainLoader
 from dad_fast.data.sources.base import Source
-from dad_fast.data.sources.registry import open_source
+from dad_fast.data.sources.splits import open_split
 from dad_fast.discretizers.vqgan.model import VQGAN
 from dad_fast.discretizers.vqgan.training import perplexity
 from dad_fast.distributed.device import resolve_device
@@ -28,8 +29,10 @@ from dad_fast.locks import lock_folder
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.models.float32 import float32_math
+from dad_fast.models.weights.files import fingerprint
 from dad_fast.store.sheet import draw_sheet
 from dad_fast.tools.fit_discretizer.fit import Fit
+from dad_fast.tools.fit_discretizer.perceptual import Perceptual, load_perceptual
 
 LARGEST_SIDE = 128
 MEASURED = 2000  # images of the final figures
@@ -47,9 +50,18 @@ def run(options: FitOptions) -> int:
     with lock_folder(folder):
         _check_output(options, output, folder)
         device = resolve_device(options.device)
-        train = open_source(options.data_dir, options.train_split)
-        val = _open_val(options, train)
+        data = DataConfig(
+            data_dir=options.data_dir,
+            train_split=options.train_split,
+            val_split=options.val_split,
+            val_fraction=options.val_fraction,
+        )
+        train = open_split(data, options.train_split)
+        val = _open_val(data, train)
         side = _image_side(options, train)
+        perceptual = None
+        if options.perceptual:
+            perceptual = load_perceptual(options.perceptual, side, device)
         loader = TrainLoader(
             train,
             AugmentConfig(img_size=side, scale=(0.5, 1.0), hflip=options.hflip, color_jitter=0.0),
@@ -61,7 +73,8 @@ def run(options: FitOptions) -> int:
         )
         seed_generators(options.seed)
         with float32_math(tf32=True):
-            return _Run(options, output, folder, loader, val, side, device).train()
+            run = _Run(options, output, folder, loader, val, side, device, perceptual)
+            return run.train()
 
 
 def _check_output(options: FitOptions, output: Path, folder: Path) -> None:
@@ -75,16 +88,16 @@ def _check_output(options: FitOptions, output: Path, folder: Path) -> None:
         raise UsageError(f"--output {output}: a folder; name a .safetensors file")
 
 
-def _open_val(options: FitOptions, train: Source) -> Source:
+def _open_val(data: DataConfig, train: Source) -> Source:
     """Open the images of the final figures. Raises DataError or UsageError with this command's fix."""
-    if not options.val_split:
+    if not data.val_split:
         return train
     try:
-        return open_source(options.data_dir, options.val_split)
+        return open_split(data, data.val_split)
     except (DataError, UsageError) as error:
         reason = str(error).partition(";")[0]
-        fix = 'name another --val-split, or "" to measure on training images'
-        raise type(error)(f"--val-split {options.val_split}: {reason}; {fix}") from None
+        fix = 'name another --val-split, hold out --val-fraction 0.1, or "" for training images'
+        raise type(error)(f"--val-split {data.val_split}: {reason}; {fix}") from None
 
 
 def _image_side(options: FitOptions, source: Source) -> int:
@@ -129,6 +142,7 @@ class _Run:
         val: Source,
         side: int,
         device: torch.device,
+        perceptual: Perceptual | None,
     ) -> None:
         self.options = options
         self.output = output
@@ -139,7 +153,7 @@ class _Run:
         self.device = device
         steps = options.epochs * loader.steps_per_epoch
         self.total_steps = min(steps, options.max_steps) if options.max_steps else steps
-        self.fit = Fit(options, self.total_steps, device)
+        self.fit = Fit(options, self.total_steps, device, perceptual)
         self.fit.vqgan.image_size = side
         self.next_step = 0
         self.identity: dict[str, Any] = {
@@ -147,6 +161,8 @@ class _Run:
             "side": side,
             **{k: v for k, v in asdict(options).items() if k not in NOT_COMPARED},
         }
+        if perceptual is not None:
+            self.identity["weights of --perceptual"] = fingerprint(perceptual)
         if options.overwrite and not options.resume:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             for name in ("train.log", "metrics.jsonl", "sheet.png"):
@@ -161,7 +177,8 @@ class _Run:
         found = self.checkpoints.load(self.options.resume, self.notes.append)
         if found is None:
             return
-        before = found.state.get("identity", {})
+        # An option that is newer than the checkpoint had its default.
+        before = {**asdict(FitOptions()), **found.state.get("identity", {})}
         for name, value in self.identity.items():
             # Through JSON a tuple is a list.
             now = list(value) if isinstance(value, tuple) else value
@@ -264,7 +281,7 @@ class _Run:
         return f"{self.loader.source.describe()}; cropped and flipped, {self.side} px"
 
     def _eval_loader(self, batch_size: int) -> EvalLoader:
-        return EvalLoader(self.val, self.side, 1.0, "bicubic", batch_size, workers=0)
+        return EvalLoader(self.val, View(self.side, 1.0, "bicubic"), batch_size, workers=0)
 
     @torch.no_grad()
     def _measure(self) -> _Measured:

@@ -113,8 +113,7 @@ class Checker:
                 "not support; leave it out"
             )
         probe, cfg = self.probes[0], self.cfg
-        crop: tuple[float, str] = eval_set.view or (probe.crop_pct, probe.interpolation)
-        view = (probe.image_size, *crop)
+        view = eval_set.view_for(probe.view)
         features, labels = [], []
         print_line(f"features of {suite.name}")
         for piece in eval_set.pieces:
@@ -123,8 +122,7 @@ class Checker:
                 piece = piece.taken(np.linspace(0, len(piece) - 1, most).round().astype(np.int64))
             keys = torch.from_numpy(piece.rows)
             batch_size = cfg.eval.batch_size or cfg.data.batch_size
-            squashed = probe.squashed and not eval_set.view
-            for batch in EvalLoader(piece, *view, batch_size, cfg.data.workers, squashed=squashed):
+            for batch in EvalLoader(piece, view, batch_size, cfg.data.workers):
                 pixels = to_pixels(batch.images.to(self.device))
                 rows = keys[batch.samples].to(self.device)
                 for one in _variants(suite, pixels, rows):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dad_fast.data.augment.execute import eval_size
+from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.dali.jpeg import is_sound
 from dad_fast.data.loaders.dali.loader import FAILURES, built, raise_after_repeated_failures
 from dad_fast.data.loaders.dali.pipeline import FILTER_TYPES
@@ -47,7 +48,7 @@ class _Planned(NamedTuple):
 class _Plans(Dataset[_Planned]):
     """Batch number -> _Planned."""
 
-    def __init__(self, batches: Any, source: Source, view: tuple[int, float, bool]) -> None:
+    def __init__(self, batches: Any, source: Source, view: View) -> None:
         self.batches, self.source, self.view = batches, source, view
 
     def __getitem__(self, number: int) -> _Planned:
@@ -55,7 +56,7 @@ class _Plans(Dataset[_Planned]):
 
         def skip(row: int, sample: int) -> bool:
             # A view that pads is left to PIL.
-            if self.view[1] > 1:
+            if self.view.crop_pct > 1:
                 return False
             data = self.source.encoded(sample)
             if data is None or not is_sound(data, *(int(x) for x in self.source.sizes[sample])):
@@ -65,7 +66,10 @@ class _Plans(Dataset[_Planned]):
 
         batch = self.batches.made(number, skip)
         shapes = [self.source.sizes[int(batch.samples[row])] for row in files]
-        places = [eval_size(int(width), int(height), *self.view) for width, height in shapes]
+        side, crop_pct, _, squashed = self.view
+        places = [
+            eval_size(int(width), int(height), side, crop_pct, squashed) for width, height in shapes
+        ]
         sizes = [[height, width, top, left] for (width, height), (left, top) in places]
         return _Planned(
             batch=batch,
@@ -87,34 +91,21 @@ class DaliEvalLoader(EvalLoader):
     def __init__(
         self,
         source: Source,
-        img_size: int,
-        crop_pct: float,
-        interpolation: str,
+        view: View,
         batch_size: int,
         workers: int,
         pin_memory: bool = False,
         *,
-        squashed: bool = False,
         device: torch.device,
     ) -> None:
-        super().__init__(
-            source,
-            img_size,
-            crop_pct,
-            interpolation,
-            batch_size,
-            workers,
-            pin_memory,
-            squashed=squashed,
-        )
-        if interpolation not in FILTER_TYPES:
+        super().__init__(source, view, batch_size, workers, pin_memory)
+        if view.interpolation not in FILTER_TYPES:
             known = ", ".join(FILTER_TYPES)
             raise UsageError(
-                f"--interpolation {interpolation}: DALI resizes with {known}; use --loader pil"
+                f"--interpolation {view.interpolation}: DALI resizes with {known}; use --loader pil"
             )
         self.source = source
-        self.view = (img_size, crop_pct, squashed)
-        self.interpolation = interpolation
+        self.view = view
         self.batch_size = batch_size
         self.device = device
         self.failed_over = 0
@@ -162,8 +153,8 @@ class DaliEvalLoader(EvalLoader):
         mixed = self.device.type == "cuda"
         return built(
             _view,
-            img_size=self.view[0],
-            filter=FILTER_TYPES[self.interpolation],
+            img_size=self.view.image_size,
+            filter=FILTER_TYPES[self.view.interpolation],
             device="mixed" if mixed else "cpu",
             batch_size=self.batch_size,
             num_threads=max(1, self.workers),

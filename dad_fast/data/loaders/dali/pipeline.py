@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn, math, pipeline_def, types
 
-from dad_fast.data.augment.records import FILL
+from dad_fast.data.augment.policy import FILL
 from dad_fast.data.loaders.dali.plan import KIND
 
 FILTER_TYPES = {

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dad_fast.data.augment.execute import affine_matrix, erase_patch, execute
+from dad_fast.data.augment.execute import erase_patch, execute
+from dad_fast.data.augment.operations import affine_matrix
 from dad_fast.data.augment.policies import most_operations
 from dad_fast.data.augment.policy import GEOMETRIC
 from dad_fast.data.augment.records import AugmentRecord
@@ -107,7 +108,7 @@ def join_files(files: Sequence[bytes]) -> Tensor:
 
 def can_execute(record: AugmentRecord) -> bool:
     """Return whether the pipeline supports all of the record; PIL executes the few others."""
-    if record.img_size < 3 or record.interpolation not in FILTERS or record.branches is not None:
+    if record.img_size < 3 or record.interpolation not in FILTERS or record.blend is not None:
         return False
     return all(op.interpolation in ("", "bilinear", "bicubic") for op in record.ops)
 
