@@ -32,7 +32,8 @@ def batch_settings(cfg: Config, *, any_size: bool = False) -> dict[str, Any]:
     """
     found = {path: get(cfg, path) for path in settings() if not _is_of_learner(path)}
     found["teacher"] = teacher_settings(cfg)
-    if cfg.store.mix_outputs:
+    if cfg.store.mix_outputs or cfg.loss.form == "joint":
+        # Outputs are mixed at the temperature.
         found["loss.temperature"] = cfg.loss.temperature
     if cfg.store.dirs:
         # The filter is a part of what the stores add to a batch.

@@ -172,6 +172,9 @@ def test_only_what_the_learner_uses_may_differ_between_runs_of_one_batch() -> No
     own_size = with_values(base, {"augment.img_size": 0})
     assert not equal({"student.name": "resnet26"}, to=own_size)
     assert equal({"student.name": "resnet26"}, any_size=True, to=own_size)
+    # The joint form mixes stored outputs at the temperature.
+    joint = with_values(base, {"loss.form": "joint"})
+    assert not equal({"loss.temperature": 9.0}, to=joint)
     # An ensemble has outputs of its own at every temperature; stores apply the filter.
     ensemble = with_values(base, {"teacher.name": "embedded:digits+timm:resnet18"})
     assert not equal({"loss.temperature": 9.0}, to=ensemble)
