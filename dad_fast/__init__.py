@@ -8,8 +8,6 @@ distillation (DAD, arXiv 2311.01441).
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,21 +73,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dad_fast' has no attribute {name!r}")
     globals()[name] = value
     return value
-
-
-class _Package(ModuleType):
-    """This package. `evaluate` is its function, although a sub-package has that name, too."""
-
-    @property
-    def evaluate(self) -> Any:
-        return __getattr__("evaluate")
-
-    @evaluate.setter
-    def evaluate(self, module: ModuleType) -> None:
-        """Ignore the sub-package, which Python would bind here when it is imported."""
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

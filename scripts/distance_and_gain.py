@@ -36,8 +36,8 @@ from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.registry import open_source
-from dad_fast.evaluate.corruptions.common import corrupt
-from dad_fast.evaluate.corruptions.names import STANDARD
+from dad_fast.evaluation.corruptions.common import corrupt
+from dad_fast.evaluation.corruptions.names import STANDARD
 from dad_fast.files import atomic_write_text, plain
 from dad_fast.loggers.environment import environment
 from dad_fast.models.load_student import load_student

@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a bare checkout too
 
 from dad_fast.cli.main import main as dad_fast
-from dad_fast.evaluate.tables import spread
+from dad_fast.evaluation.tables import spread
 from dad_fast.files import atomic_write_text, plain
 from dad_fast.loggers.environment import environment
 from dad_fast.models.weights.files import sha256_file

@@ -18,7 +18,7 @@ restarts of `dad-fast fit-discretizer`: no discriminator, no perceptual loss. Un
 codebook is trained by gradient, and images are augmented as for the teacher.
 
 Neither is trained on the splits val, test and optdigits. The corruptions of `--see` are implemented
-here, independent of those of dad_fast.evaluate, with a random strength for each image. The teacher
+here, independent of those of dad_fast.evaluation, with a random strength for each image. The teacher
 still knows the families (noise, blur, contrast, inversion): the metadata `seen` names them, and the
 demo prints them under its table.
 """

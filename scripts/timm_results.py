@@ -1,4 +1,4 @@
-"""Make dad_fast/evaluate/public_models.json from timm's published results.
+"""Make dad_fast/evaluation/public_models.json from timm's published results.
 
     python scripts/timm_results.py CHECKOUT COMMIT VERSION
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dad_fast.files import atomic_write_text
 
-OUTPUT = Path(__file__).parents[1] / "dad_fast" / "evaluate" / "public_models.json"
+OUTPUT = Path(__file__).parents[1] / "dad_fast" / "evaluation" / "public_models.json"
 FILES = {
     "imagenet": "results-imagenet.csv",
     "imagenet-v2": "results-imagenetv2-matched-frequency.csv",

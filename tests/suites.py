@@ -13,9 +13,9 @@ from imagenet_folders import Reader, wnids
 from dad_fast.config.schema import DataConfig, EvalConfig
 from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
-from dad_fast.evaluate.metrics.result import Result
-from dad_fast.evaluate.runner import evaluate, open_suites
-from dad_fast.evaluate.suites.imagenet import imagenet_classes
+from dad_fast.evaluation.metrics.result import Result
+from dad_fast.evaluation.runner import evaluate, open_suites
+from dad_fast.evaluation.suites.imagenet import imagenet_classes
 
 WNIDS = wnids()
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from dad_fast.config.options import EvalLaunch, ExportOptions
 if TYPE_CHECKING:
     from torch import nn
 
-    from dad_fast.evaluate.models import EvalModel
+    from dad_fast.evaluation.models import EvalModel
     from dad_fast.tools.evaluate import Evaluation
 
 
@@ -49,7 +49,7 @@ def evaluate(
     """
     from dad_fast.cli.eval import SETTINGS
     from dad_fast.distributed import process_group as distributed
-    from dad_fast.evaluate.suites.open import check_suites
+    from dad_fast.evaluation.suites.open import check_suites
     from dad_fast.models.own_modules import passed
     from dad_fast.tools.evaluate import Evaluation
     from dad_fast.tools.evaluate_checks import Job, checked, settings_of
@@ -81,7 +81,7 @@ def _subject(model: nn.Module, evaluation: Evaluation) -> EvalModel:
     """Wrap a module for evaluation. Raises UsageError for other classes than the data's."""
     from dad_fast.config.schema import StudentConfig
     from dad_fast.errors import UsageError
-    from dad_fast.evaluate.models import EvalModel, of_teacher
+    from dad_fast.evaluation.models import EvalModel, of_teacher
     from dad_fast.models.own_modules import module_name, passed
     from dad_fast.models.student import Student, build_student
     from dad_fast.models.teacher import Teacher

@@ -10,7 +10,7 @@ from torch import nn
 from dad_fast.config.schema import Config
 from dad_fast.distributed.signals import stop_requests
 from dad_fast.engine.build import Components
-from dad_fast.evaluate.runner import Result, Suite, evaluate
+from dad_fast.evaluation.runner import Result, Suite, evaluate
 from dad_fast.models.float32 import float32_math
 
 

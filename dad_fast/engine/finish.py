@@ -18,9 +18,9 @@ from dad_fast.engine import frozen
 from dad_fast.engine.generator import AttackGenerator
 from dad_fast.engine.trainer import Trainer
 from dad_fast.errors import DadFastError
-from dad_fast.evaluate.runner import Suite
-from dad_fast.evaluate.show import non_finite_note
-from dad_fast.evaluate.tables import rows as table_rows
+from dad_fast.evaluation.runner import Suite
+from dad_fast.evaluation.show import non_finite_note
+from dad_fast.evaluation.tables import rows as table_rows
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.progress import count_progress
 from dad_fast.methods.attack import discretize

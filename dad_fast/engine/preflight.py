@@ -20,7 +20,7 @@ from dad_fast.data.sources.splits import find_split, list_split
 from dad_fast.data.sources.tar import find_shards
 from dad_fast.data.sources.unlabelled import has_no_classes
 from dad_fast.errors import DataError, UsageError
-from dad_fast.evaluate.suites.open import check_suites
+from dad_fast.evaluation.suites.open import check_suites
 from dad_fast.loggers.sinks import check_sinks
 from dad_fast.methods.registry import DISTANCES, METHODS, Images
 from dad_fast.models.registry import members

@@ -28,8 +28,8 @@ from dad_fast.engine.schedule import make_schedule, total_steps
 from dad_fast.engine.step_timer import Window
 from dad_fast.engine.update import Update
 from dad_fast.errors import NotFinite
-from dad_fast.evaluate.runner import Result, Suite
-from dad_fast.evaluate.show import non_finite_note
+from dad_fast.evaluation.runner import Result, Suite
+from dad_fast.evaluation.show import non_finite_note
 from dad_fast.loggers.progress import TrainProgress
 from dad_fast.loggers.run_log import RunLog
 from dad_fast.loggers.sinks import open_sinks

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dad_fast.evaluate.tables import suites
+from dad_fast.evaluation.tables import suites
 from dad_fast.report.looks import TEACHER, Look
 from dad_fast.report.markup import details, grid, notes, table
 from dad_fast.report.matrix import MAX_CLASSES, matrix_chart

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dad_fast.evaluate.tables import spread, value_of
+from dad_fast.evaluation.tables import spread, value_of
 
 Z = 1.959963985
 # 97.5 % points of Student's t with 1, 2, ... degrees of freedom.

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dad_fast.errors import DataError
-from dad_fast.evaluate.tables import notes as table_notes
-from dad_fast.evaluate.tables import teachers
+from dad_fast.evaluation.tables import notes as table_notes
+from dad_fast.evaluation.tables import teachers
 from dad_fast.files import atomic_write_text
 from dad_fast.report.classes import classes_view
 from dad_fast.report.cost import cost_table

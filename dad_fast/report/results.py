@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dad_fast.evaluate.tables import METRICS, rows, suites, teachers
+from dad_fast.evaluation.tables import METRICS, rows, suites, teachers
 from dad_fast.report.chart import MIN_COUNT, Bar, Reliability, bar_chart, reliability_chart
 from dad_fast.report.intervals import MIN_SEEDS, interval
 from dad_fast.report.looks import TEACHER, Look

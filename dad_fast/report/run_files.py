@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dad_fast.config.fields import read_toml
-from dad_fast.evaluate.tables import METRICS, computed_on
+from dad_fast.evaluation.tables import METRICS, computed_on
 
 # A folder with any of these files belongs to a run.
 FILES = ("results.json", "run.json", "config.toml", "metrics.jsonl")

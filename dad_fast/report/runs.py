@@ -79,7 +79,7 @@ class Loaded:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Every finished run under its group's label, as `dad_fast.evaluate.tables` reads it."""
+        """Every finished run under its group's label, as `dad_fast.evaluation.tables` reads it."""
         runs = [
             {**record, "variant": group.label} for group in self.groups for record in group.finished
         ]

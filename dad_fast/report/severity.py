@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dad_fast.evaluate.tables import suites
+from dad_fast.evaluation.tables import suites
 from dad_fast.report.chart import PERCENT, Series, line_chart
 from dad_fast.report.looks import TEACHER, Look
 from dad_fast.report.markup import details, grid, notes, table

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dad_fast.evaluate.tables import suites, variants
+from dad_fast.evaluation.tables import suites, variants
 from dad_fast.report.intervals import MIN_SEEDS, interval
 from dad_fast.report.markup import comparison, notes, preformatted, text, visible
 from dad_fast.report.run_files import number

@@ -1,6 +1,6 @@
 """The tables of a sweep: the cells of each axis as differences from the base, paired by seed.
 
-The record is that of a comparison (dad_fast.evaluate.tables) with one more part:
+The record is that of a comparison (dad_fast.evaluation.tables) with one more part:
 
     "ablation": {"base": cell, "axes": {axis: [cell, ...]}, "stores": [kind, ...],
                  "failed": {cell: reason},
@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dad_fast.evaluate import tables as table
-from dad_fast.evaluate.tables import Grid, cell, markdown, spread, suites, variants
+from dad_fast.evaluation import tables as table
+from dad_fast.evaluation.tables import Grid, cell, markdown, spread, suites, variants
 from dad_fast.report.intervals import Difference, difference
 
 

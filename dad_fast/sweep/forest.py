@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from dad_fast.evaluate.tables import suites, variants
+from dad_fast.evaluation.tables import suites, variants
 from dad_fast.report.chart import ticks
 from dad_fast.report.intervals import Difference, difference
 

@@ -19,8 +19,8 @@ from dad_fast.data.loaders.loader import Batch
 from dad_fast.engine.build import Builder, Components
 from dad_fast.engine.prefetch import feed
 from dad_fast.engine.trainer import Trainer
-from dad_fast.evaluate.runner import Suite, open_suites
-from dad_fast.evaluate.suites.base import as_eval_set
+from dad_fast.evaluation.runner import Suite, open_suites
+from dad_fast.evaluation.suites.base import as_eval_set
 from dad_fast.loggers.progress import report_progress
 from dad_fast.methods.stores import SharedStore, online
 from dad_fast.precompute.fill import estimate

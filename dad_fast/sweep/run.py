@@ -19,8 +19,8 @@ from dad_fast.engine.finish import finish
 from dad_fast.engine.lockstep import Lockstep
 from dad_fast.engine.trainer import Trainer, checkpoints_of
 from dad_fast.errors import NotFinite, UsageError
-from dad_fast.evaluate.runner import Suite, open_suites
-from dad_fast.evaluate.tables import print_table, read_record
+from dad_fast.evaluation.runner import Suite, open_suites
+from dad_fast.evaluation.tables import print_table, read_record
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import SharedStore, is_filled, online, seconds_file, store_seconds

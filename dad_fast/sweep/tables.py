@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dad_fast.config import to_toml
-from dad_fast.evaluate.tables import markdown, print_table, read_record
+from dad_fast.evaluation.tables import markdown, print_table, read_record
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.loggers.run_log import print_line
 from dad_fast.methods.stores import store_seconds

@@ -14,10 +14,10 @@ from dad_fast.data.augment.mixing import to_pixels
 from dad_fast.data.augment.view import View
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.errors import DataError, UsageError
-from dad_fast.evaluate.metrics.temperature import fit_temperature, mean_nll
-from dad_fast.evaluate.models import EvalModel
-from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
-from dad_fast.evaluate.suites.open import open_suites
+from dad_fast.evaluation.metrics.temperature import fit_temperature, mean_nll
+from dad_fast.evaluation.models import EvalModel
+from dad_fast.evaluation.suites.base import EvalSet, as_eval_set
+from dad_fast.evaluation.suites.open import open_suites
 from dad_fast.locks import lock_folder
 from dad_fast.models.student import Calibration
 from dad_fast.models.weights.declared import TEMPERATURE

@@ -25,17 +25,17 @@ from dad_fast.distributed.launch import (
 )
 from dad_fast.distributed.signals import ends_at_once, stop_requests
 from dad_fast.errors import UsageError, discard_output
-from dad_fast.evaluate import public_models, show
-from dad_fast.evaluate.columns import terminal_width
-from dad_fast.evaluate.metrics.effective_robustness import effective_robustness, read_baselines
-from dad_fast.evaluate.metrics.ood_detection import detect
-from dad_fast.evaluate.metrics.paired_tests import agreement, compare
-from dad_fast.evaluate.metrics.predictions import Records, load_records, save_records
-from dad_fast.evaluate.metrics.result import Result, with_intervals
-from dad_fast.evaluate.models import EvalModel, load_subject, of_teacher
-from dad_fast.evaluate.runner import Suite, evaluate, records_of
-from dad_fast.evaluate.suites.base import as_eval_set
-from dad_fast.evaluate.suites.open import Unknown, classes_of, open_suites, open_unknown
+from dad_fast.evaluation import public_models, show
+from dad_fast.evaluation.columns import terminal_width
+from dad_fast.evaluation.metrics.effective_robustness import effective_robustness, read_baselines
+from dad_fast.evaluation.metrics.ood_detection import detect
+from dad_fast.evaluation.metrics.paired_tests import agreement, compare
+from dad_fast.evaluation.metrics.predictions import Records, load_records, save_records
+from dad_fast.evaluation.metrics.result import Result, with_intervals
+from dad_fast.evaluation.models import EvalModel, load_subject, of_teacher
+from dad_fast.evaluation.runner import Suite, evaluate, records_of
+from dad_fast.evaluation.suites.base import as_eval_set
+from dad_fast.evaluation.suites.open import Unknown, classes_of, open_suites, open_unknown
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress

@@ -18,8 +18,8 @@ from dad_fast.config.setting import AUTO
 from dad_fast.data.classes import ClassMap
 from dad_fast.engine.preflight import check_weights
 from dad_fast.errors import UsageError
-from dad_fast.evaluate.metrics.record_files import is_records
-from dad_fast.evaluate.suites.open import check_suites, check_unknown
+from dad_fast.evaluation.metrics.record_files import is_records
+from dad_fast.evaluation.suites.open import check_suites, check_unknown
 from dad_fast.models.places import TENSORS, checkpoint_file, run_settings
 from dad_fast.models.registry import names_teacher
 

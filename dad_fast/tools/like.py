@@ -8,7 +8,7 @@ from typing import Any
 
 from dad_fast.config.options import EvalLaunch
 from dad_fast.errors import UsageError
-from dad_fast.evaluate import public_models
+from dad_fast.evaluation import public_models
 from dad_fast.files import atomic_write_json
 from dad_fast.tools.evaluate_checks import check_outputs
 

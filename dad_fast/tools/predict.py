@@ -29,8 +29,8 @@ from dad_fast.data.sources.names import shown
 from dad_fast.data.sources.registry import LISTINGS, SOURCES, find_listing
 from dad_fast.distributed.device import resolve_device
 from dad_fast.errors import DataError, UsageError
-from dad_fast.evaluate.models import load_subject
-from dad_fast.evaluate.suites.imagenet import imagenet_classes
+from dad_fast.evaluation.models import load_subject
+from dad_fast.evaluation.suites.imagenet import imagenet_classes
 from dad_fast.models.onnx_student import OnnxStudent
 from dad_fast.models.student import Calibration, Student
 from dad_fast.models.teacher import Teacher

@@ -239,7 +239,7 @@ def test_loaders_take_short_arguments(trained, tmp_path):
 
 
 def test_evaluate_stays_the_function_after_its_package_is_imported():
-    import dad_fast.evaluate.runner  # noqa: F401
+    import dad_fast.evaluation.runner  # noqa: F401
 
     assert df.evaluate.__module__ == "dad_fast.api.evaluate"
 

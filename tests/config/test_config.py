@@ -12,7 +12,7 @@ from dad_fast.config.fields import get, settings, with_values
 from dad_fast.config.resolve import Layers, gather, preset_text
 from dad_fast.config.variants import RESUME_SAFE
 from dad_fast.errors import UsageError
-from dad_fast.evaluate.public_models import table
+from dad_fast.evaluation.public_models import table
 from dad_fast.methods.settings import check, resolve
 
 FITS = {

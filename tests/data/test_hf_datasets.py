@@ -19,7 +19,7 @@ from dad_fast.data.sources.registry import open_source
 from dad_fast.data.sources.splits import open_split
 from dad_fast.data.sources.survey import survey
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
-from dad_fast.evaluate.suites.open import check_suites, open_suites, open_unknown
+from dad_fast.evaluation.suites.open import check_suites, open_suites, open_unknown
 from dad_fast.tools.predict import find_images
 from tests.tables import NAMES, data_set, pictures, save_splits, write_splits
 from tests.tiny import STUDENT, write_teacher

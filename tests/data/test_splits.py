@@ -12,7 +12,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.splits import find_split, held_out, open_split
 from dad_fast.data.sources.survey import survey
 from dad_fast.errors import DataError
-from dad_fast.evaluate.suites.open import open_suites
+from dad_fast.evaluation.suites.open import open_suites
 from tests.tiny import write_images
 
 

@@ -323,7 +323,7 @@ def test_forked_and_spawned_workers_read_shards(tmp_path):
 def test_evaluation_suites_can_be_shards(tmp_path):
     pytest.importorskip("timm")
     from dad_fast.config.schema import DataConfig
-    from dad_fast.evaluate.runner import open_suites
+    from dad_fast.evaluation.runner import open_suites
 
     write_shards(tmp_path / "data" / "val")
     write_shards(tmp_path / "other", name="sketch-{}.tar")

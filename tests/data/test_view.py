@@ -13,8 +13,8 @@ from dad_fast.data.augment.execute import eval_transform
 from dad_fast.data.augment.view import View
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.blocks import blocks
-from dad_fast.evaluate.models import EvalModel
-from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
+from dad_fast.evaluation.models import EvalModel
+from dad_fast.evaluation.suites.base import EvalSet, as_eval_set
 from dad_fast.models.student import Student
 from dad_fast.tools.average.soup import estimate_batch_norm
 from dad_fast.tools.calibrate import fit

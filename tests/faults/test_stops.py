@@ -62,7 +62,7 @@ class Phase(NamedTuple):
 
 VERIFY = "dad_fast.data.sources.index:_verify:0.5"
 HEAD = "dad_fast.models.zeroshot:_compute:60"
-EVALUATE = "dad_fast.evaluate.runner:image_scores:0.5"
+EVALUATE = "dad_fast.evaluation.runner:image_scores:0.5"
 STEP = "dad_fast.engine.step:TrainStep.__call__:1"
 LABELS = "dad_fast.engine.probe.pseudo_labels:pseudo_labels:0.5"
 FEATURES = "dad_fast.engine.probe.features:execute:0.2"
@@ -268,9 +268,9 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
     from dad_fast.data.sources.registry import open_source
     from dad_fast.distributed.signals import stop_requests
     from dad_fast.errors import Preempted
-    from dad_fast.evaluate.runner import evaluate
+    from dad_fast.evaluation.runner import evaluate
     from dad_fast.data.sources.subset import Subset
-    from dad_fast.evaluate.suites.base import EvalSet
+    from dad_fast.evaluation.suites.base import EvalSet
     source = open_source({str(parts / "data")!r}, "val")
     how = {{"view": View(8, 1.0, "bilinear"), "batch_size": 1, "workers": 0, "device": torch.device("cpu"), "stopped": "as asked"}}
 

@@ -137,7 +137,7 @@ def test_benchmarks_start_on_a_gpu(library, tmp_path):
 
 def test_gpu_tests_run_to_their_assertions(library):
     """Left out: kernels (hours of Triton's compiler), DALI (a driver), corruptions (loops)."""
-    parts = ("engine", "discretizers", "loggers", "evaluate/test_runner.py")
+    parts = ("engine", "discretizers", "loggers", "evaluation/test_runner.py")
     # Without --assert=plain a failure prints tensors, whose printing depends on values.
     how = ("-p", "tests.pretended_gpu.values", "-m", "gpu", "-q", "--assert=plain")
     done = run(library, "pytest", *how, *(f"tests/{part}" for part in parts))

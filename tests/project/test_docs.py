@@ -178,7 +178,7 @@ def test_table_of_discretizers_is_what_the_code_gives_today():
 
 
 def test_demo_table_matches_its_record():
-    from dad_fast.evaluate.tables import markdown, read_record
+    from dad_fast.evaluation.tables import markdown, read_record
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for line in markdown(read_record(RECORDS / "demo-5-seeds.json")).splitlines()[:7]:

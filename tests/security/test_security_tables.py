@@ -21,10 +21,10 @@ from dad_fast.config import from_toml
 from dad_fast.data.classes import ClassMap
 from dad_fast.data.sources.index import _FORMAT, Entry, _encoded, load_index
 from dad_fast.errors import DadFastError, DataError, UsageError
-from dad_fast.evaluate.metrics.effective_robustness import read_baselines
-from dad_fast.evaluate.metrics.predictions import FIELDS, PREDICTIONS, Records, load_records
-from dad_fast.evaluate.suites.imagenet import _read_json
-from dad_fast.evaluate.tables import read_record
+from dad_fast.evaluation.metrics.effective_robustness import read_baselines
+from dad_fast.evaluation.metrics.predictions import FIELDS, PREDICTIONS, Records, load_records
+from dad_fast.evaluation.suites.imagenet import _read_json
+from dad_fast.evaluation.tables import read_record
 from dad_fast.models.weights.files import write_safetensors
 from tests.limits import cpu_limit
 

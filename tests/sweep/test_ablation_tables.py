@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dad_fast.evaluate.tables import read_record
+from dad_fast.evaluation.tables import read_record
 from dad_fast.report.intervals import difference, t_quantile
 from dad_fast.sweep.ablation_tables import (
     ablation_markdown,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dad_fast.errors import DataError
-from dad_fast.evaluate.metrics.intervals import interval
+from dad_fast.evaluation.metrics.intervals import interval
 from dad_fast.tools.analyze.distances import (
     Projected,
     directions,

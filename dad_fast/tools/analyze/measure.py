@@ -18,10 +18,10 @@ from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.subset import Subset
 from dad_fast.discretizers.base import Discretizer
 from dad_fast.errors import UsageError
-from dad_fast.evaluate.corruptions.common import corrupt
-from dad_fast.evaluate.corruptions.names import num_severities
-from dad_fast.evaluate.suites.base import as_eval_set
-from dad_fast.evaluate.suites.open import Suite
+from dad_fast.evaluation.corruptions.common import corrupt
+from dad_fast.evaluation.corruptions.names import num_severities
+from dad_fast.evaluation.suites.base import as_eval_set
+from dad_fast.evaluation.suites.open import Suite
 from dad_fast.keyed_random import sample_seeds
 from dad_fast.methods.attack import PGD, perturb
 from dad_fast.models.probe import Probe

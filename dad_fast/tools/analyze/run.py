@@ -24,8 +24,8 @@ from dad_fast.engine import frozen
 from dad_fast.engine.choices import settle
 from dad_fast.engine.self_test import choose_kernels
 from dad_fast.errors import DataError, UsageError
-from dad_fast.evaluate.metrics.intervals import mean_interval
-from dad_fast.evaluate.runner import open_suites
+from dad_fast.evaluation.metrics.intervals import mean_interval
+from dad_fast.evaluation.runner import open_suites
 from dad_fast.files import atomic_write_json, atomic_write_text
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.progress import count_progress

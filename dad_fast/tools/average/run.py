@@ -15,7 +15,7 @@ from dad_fast.config import Config
 from dad_fast.config.options import AverageOptions
 from dad_fast.distributed.device import resolve_device
 from dad_fast.errors import UsageError
-from dad_fast.evaluate.runner import Suite, evaluate, open_suites
+from dad_fast.evaluation.runner import Suite, evaluate, open_suites
 from dad_fast.files import atomic_write_json
 from dad_fast.locks import LOCK, lock_folder
 from dad_fast.loggers.environment import environment

@@ -20,7 +20,7 @@ from dad_fast.data.classes import ClassMap
 from dad_fast.data.loaders.loader import EvalLoader
 from dad_fast.data.sources.base import Source
 from dad_fast.errors import DataError
-from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
+from dad_fast.evaluation.suites.base import EvalSet, as_eval_set
 from dad_fast.models.load_student import load_student, take_view
 from dad_fast.models.places import checkpoint_file, run_settings
 from dad_fast.models.student import Student

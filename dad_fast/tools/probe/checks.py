@@ -31,11 +31,11 @@ from dad_fast.distributed.device import resolve_device
 from dad_fast.engine import frozen
 from dad_fast.engine.choices import settle
 from dad_fast.errors import UsageError, program
-from dad_fast.evaluate.corruptions.common import corrupt
-from dad_fast.evaluate.corruptions.names import num_severities
-from dad_fast.evaluate.metrics.ood_detection import metrics
-from dad_fast.evaluate.suites.base import EvalSet, as_eval_set
-from dad_fast.evaluate.suites.open import Suite, open_suites
+from dad_fast.evaluation.corruptions.common import corrupt
+from dad_fast.evaluation.corruptions.names import num_severities
+from dad_fast.evaluation.metrics.ood_detection import metrics
+from dad_fast.evaluation.suites.base import EvalSet, as_eval_set
+from dad_fast.evaluation.suites.open import Suite, open_suites
 from dad_fast.files import atomic_write_json
 from dad_fast.loggers.environment import environment
 from dad_fast.loggers.run_log import print_line
