@@ -48,7 +48,7 @@ def print_plan(sweep: Sweep, launch: Launch) -> int:
     cost = _cost(sweep, plan, devices)
     done = {run.name for run in sweep.runs if run.record() is not None}
     width, indent = max(map(len, config.variants)) + 7, max(map(len, plan.axes)) + 2
-    columns = f"{'seeds':>6}{'done':>6}{'s a run':>9}{f'× {cost.reference[0]}':>12}"
+    columns = f"{'seeds':>6}{'done':>6}{'s/run':>9}{f'× {cost.reference[0]}':>12}"
     print(f"{'':<{indent}}{'cell':<{width}}{columns}")
     shown = set[str]()
     for axis, names in plan.axes.items():
@@ -108,8 +108,8 @@ def _print_totals(
 
     threads = f"{cost.threads} thread{'s' if cost.threads > 1 else ''}"
     print(
-        "Based on a few steps of each cell and a batch of every suite, "
-        f"on {devices[0]} with {threads}; start-up and checkpoints are not counted."
+        f"Measured by a few steps of each cell and a batch of every suite, on {devices[0]} with\n"
+        f"{threads}; start-up and checkpoints are not counted."
     )
 
 
@@ -147,7 +147,7 @@ def _cost(sweep: Sweep, plan: Plan, devices: Sequence[str]) -> Cost:
                 progress.update,
             )
         if stop.error:
-            raise stop.error("nothing was written")
+            raise stop.error("stopped by a signal while measuring; nothing was written")
     found = answers[0]
     if "error" in found:
         raise DadFastError(f"nothing could be measured: {found['error']}")
