@@ -36,9 +36,38 @@ class Run:
 
     @property
     def runs(self) -> list[Run]:
-        """The runs of a comparison, one for each variant and seed; of one run, itself."""
+        """The runs of a comparison, one for each variant, student and seed; of one run, itself.
+
+        Those of a finished comparison are in the order of `results["runs"]`.
+        """
         inside = sorted(path.parent for path in self.folder.glob("*/seed-*/results.json"))
-        return [Run(folder, student=self.student) for folder in inside] or [self]
+        if not inside:
+            return [self]
+        finished = (self.folder / "results.json").is_file()
+        records = self.results.get("runs", []) if finished else []
+        order = [(record["variant"], f"seed-{record['seed']}") for record in records]
+        names = [(folder.parent.name, folder.name) for folder in inside]
+        known = [names.index(name) for name in order if name in names]
+        numbers = dict.fromkeys([*known, *range(len(inside))])
+        return [Run(inside[number], student=self.student) for number in numbers]
+
+    def find(self, name: str) -> Run:
+        """Return a run of a comparison by its folder: `resnet18`, or `resnet18/seed-1`.
+
+        Args:
+            name: a student's name or label, a variant or a method; with `/seed-S` if there are
+                several seeds.
+
+        Raises:
+            UsageError: no such run, or several seeds of that name.
+        """
+        runs = {f"{one.folder.parent.name}/{one.folder.name}": one for one in self.runs}
+        found = [key for key in runs if name in (key, key.partition("/")[0])]
+        if len(found) == 1:
+            return runs[found[0]]
+        if found:
+            raise UsageError(f"{self.folder}: {name} has several seeds; take one of {found}")
+        raise UsageError(f"{self.folder}: no run {name!r}; there are {list(runs)}")
 
     @property
     def results(self) -> dict[str, Any]:
@@ -68,14 +97,15 @@ class Run:
         evaluation (EMA where it is on).
 
         Raises:
-            UsageError: the folder holds a comparison; take one of `runs`.
+            UsageError: the folder holds a comparison; take one of its runs with `find`.
             DataError: no weights, damaged ones, or those of a user's own class that was not passed.
         """
         runs = self.runs
         if runs[0] is not self:
+            first = runs[0].folder
             raise UsageError(
-                f"{self.folder}: holds {len(runs)} runs; take the model of one of its .runs, such "
-                f"as {runs[0].folder}"
+                f"{self.folder}: holds {len(runs)} runs; take the model of one of them, "
+                f"find({f'{first.parent.name}/{first.name}'!r})"
             )
         from dad_fast.api.models import load_student
 

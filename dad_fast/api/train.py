@@ -52,7 +52,8 @@ def train(
             weights in every run. Pixels are in [0, 1]; a module of timm (with a `pretrained_cfg`)
             gets them normalised as that says. Give `img_size` too. Checkpoints then hold weights
             without the class: pass the module again to resume. Several names are students that
-            learn from the same batches, each in a folder of its own, `output`/NAME/seed-0.
+            learn from the same batches, each in a folder of its own, `output`/NAME/seed-0:
+            `run.find(NAME)`.
         teacher: a teacher's name (docs/models.md), or an `nn.Module` as above with logits of the
             data's classes in their order; a frozen copy is used. `teacher_img_size` is the side of
             its images in pixels, by default that of the student.
@@ -66,7 +67,8 @@ def train(
             (`dad-fast train --help-all`). They override presets and files.
 
     Returns:
-        The run, also for one that had finished before.
+        The run, also for one that had finished before. Of several variants, students or seeds it is
+        the comparison, and `runs` and `find` return its runs.
 
     Raises:
         UsageError: a setting is unknown or wrong, settings do not fit together, or `output` exists.

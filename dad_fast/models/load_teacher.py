@@ -11,13 +11,8 @@ from dad_fast.config.schema import LossConfig, PrecisionConfig, TeacherConfig
 from dad_fast.data.classes import ClassMap
 from dad_fast.errors import UsageError
 from dad_fast.models.ensemble import Ensemble
-from dad_fast.models.registry import TEACHERS, is_registered, members
+from dad_fast.models.registry import FORMS, TEACHERS, is_registered, members
 from dad_fast.models.teacher import Teacher, TeacherContext
-
-EXAMPLES = (
-    "open_clip:ARCH/TAG, open_clip:ARCH@FILE, timm:NAME[@FILE], hf-hub:REPO, embedded:digits, a run's "
-    "folder"
-)
 
 
 def load_teacher(
@@ -69,5 +64,6 @@ def _load(context: TeacherContext) -> Teacher:
     elif text and (Path(text).suffix or Path(text).exists()):
         name, argument = "file", text
     else:
-        raise UsageError(f"--teacher {text!r}: no such file or run; write one, or {EXAMPLES}")
+        forms = ", ".join(form.text for forms in FORMS.values() for form in forms)
+        raise UsageError(f"--teacher {text!r}: no such file or run; write one of {forms}")
     return TEACHERS[name](argument, context).to(context.device)

@@ -1,4 +1,4 @@
-"""Teachers by name. To add one: a file with a factory, and a line here.
+"""Teachers by name. To add one: a file with a factory, and here a line and its entry in FORMS.
 
 A factory is called with the argument after the name's colon and a `TeacherContext`, and returns a
 `Teacher`. Names joined by + are an ensemble of teachers.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dad_fast.config.schema import Config, TeacherConfig
 from dad_fast.errors import UsageError
@@ -26,6 +26,50 @@ TEACHERS.add("hf-hub", "dad_fast.models.clip_teacher:load_hub")
 TEACHERS.add("embedded", "dad_fast.models.clip_teacher:load_embedded")
 TEACHERS.add("file", "dad_fast.models.file_teacher:load_file")
 TEACHERS.add("module", "dad_fast.models.own_modules:load_teacher_module")
+
+
+class Form(NamedTuple):
+    """A way to write --teacher, and the teacher that it names; for messages and docs/models.md."""
+
+    text: str
+    summary: str
+
+
+# Name in the registry -> its forms; none for a module, which only Python code can pass
+FORMS = {
+    "open_clip": (
+        Form(
+            "open_clip:ARCH/TAG",
+            "published CLIP, downloaded; zero-shot head from class names, or `--teacher-head FILE`",
+        ),
+        Form("open_clip:ARCH@FILE", "the same from a local file"),
+    ),
+    "timm": (
+        Form(
+            "timm:NAME",
+            "classifier of timm (ImageNet's 1000 classes, a part of them, or exactly the data's "
+            "classes), or any encoder of timm with `--teacher-head FILE`",
+        ),
+        Form("timm:NAME@FILE", "the same from a local file"),
+        Form(
+            "timm:hf-hub:REPO",
+            "timm model of the hub, also one that `export --push` uploaded; class names that it "
+            "records must be the data's",
+        ),
+    ),
+    "hf-hub": (
+        Form("hf-hub:REPO", "CLIP of the hub in open_clip's format, downloaded; zero-shot"),
+    ),
+    "embedded": (Form("embedded:digits", "the demo's teacher, in the package"),),
+    "file": (
+        Form("RUN", "run of this project (`ce`, `kd`, `dad`, ...), by its folder"),
+        Form(
+            "RUN/model.safetensors",
+            "weights of a run; the file names the architecture, size and crop",
+        ),
+    ),
+    "module": (),
+}
 
 TIMM = "timm:"
 # Start of the name of a user's own nn.Module, which Python code passes: module:CLASS

@@ -48,7 +48,7 @@ def print_plan(sweep: Sweep, launch: Launch) -> int:
     cost = _cost(sweep, plan, devices)
     done = {run.name for run in sweep.runs if run.record() is not None}
     width, indent = max(map(len, config.variants)) + 7, max(map(len, plan.axes)) + 2
-    columns = f"{'seeds':>6}{'done':>6}{'s a run':>9}{f'× {cost.reference[0]}':>12}"
+    columns = f"{'seeds':>6}{'done':>6}{'s/run':>9}{f'× {cost.reference[0]}':>12}"
     print(f"{'':<{indent}}{'cell':<{width}}{columns}")
     shown = set[str]()
     for axis, names in plan.axes.items():
@@ -62,7 +62,8 @@ def print_plan(sweep: Sweep, launch: Launch) -> int:
             num_done = sum(run.variant == name and run.name in done for run in sweep.runs)
             seconds = cost.runs[name]
             ratio = seconds / cost.reference[1]
-            print(f"{row}{config.seeds:>6}{num_done:>6}{seconds:>9.0f}{ratio:>12.1f}")
+            digits = 0 if seconds >= 10 else 1
+            print(f"{row}{config.seeds:>6}{num_done:>6}{seconds:>9.{digits}f}{ratio:>12.1f}")
     left = [run for run in sweep.runs if run.name not in done]
     _print_totals(sweep, left, job_groups(sweep, left, launch, devices), devices, cost)
     return 0
@@ -92,7 +93,7 @@ def _print_totals(
         several = f"{len(shared)} groups" if len(shared) > 1 else "one group"
         print(
             f"{sum(map(len, shared))} runs learn in {several} from the same batches: "
-            f"{format_seconds(saved)} less"
+            f"saves {format_seconds(saved)}"
         )
 
     folders = {folder for run in left for folder in run.cfg.store.dirs}
@@ -101,15 +102,15 @@ def _print_totals(
     total += cost.teacher * len({repr(run.cfg.teacher) for run in left})
     several = ""
     if len(devices) > 1:
-        several = f", {format_seconds(total / len(devices))} on {len(devices)}"
+        several = f", {format_seconds(total / len(devices))} on {len(devices)} of them"
     name, seconds = cost.reference
     times = f"{total / seconds:.1f} times one run of {name} ({seconds:.0f} s)"
-    print(f"cost: {format_seconds(total)} on one process like this one{several}; {times}")
+    print(f"time: {format_seconds(total)} on one process like this one{several};\n{times}")
 
     threads = f"{cost.threads} thread{'s' if cost.threads > 1 else ''}"
     print(
-        "Based on a few steps of each cell and a batch of every suite, "
-        f"on {devices[0]} with {threads}; start-up and checkpoints are not counted."
+        f"Measured by a few steps of each cell and a batch of every suite, on {devices[0]} with\n"
+        f"{threads}; start-up and checkpoints are not counted."
     )
 
 
@@ -147,7 +148,7 @@ def _cost(sweep: Sweep, plan: Plan, devices: Sequence[str]) -> Cost:
                 progress.update,
             )
         if stop.error:
-            raise stop.error("nothing was written")
+            raise stop.error("stopped by a signal while measuring; nothing was written")
     found = answers[0]
     if "error" in found:
         raise DadFastError(f"nothing could be measured: {found['error']}")

@@ -168,8 +168,32 @@ def test_several_seeds_are_runs_of_one_comparison(data, tmp_path):
     )
     assert [one.folder.name for one in run.runs] == ["seed-0", "seed-1"]
     assert len(run.results["runs"]) == 2
-    with pytest.raises(UsageError, match="holds 2 runs"):
+    with pytest.raises(UsageError, match="holds 2 runs.*find.'ce/seed-0'"):
         _ = run.model
+
+
+def test_several_students_are_found_by_their_names(data, tmp_path):
+    names = ["test_vit", "test_resnet"]
+    run = df.train(
+        data_dir=data,
+        method="ce",
+        student=names,
+        output=tmp_path / "two",
+        max_steps=1,
+        **SHORT,
+    )
+    # In the order of the call, as in the results.
+    assert [one.results["student"] for one in run.runs] == names
+    assert [record["student"] for record in run.results["runs"]] == names
+    for name in names:
+        one = run.find(name)
+        assert one.folder == tmp_path / "two" / name / "seed-0"
+        assert one.results["shared_by"] == 2
+        assert run.find(f"{name}/seed-0").folder == one.folder
+        assert one.model.name == name and one.model.num_classes == 3
+    assert df.Run(tmp_path / "two").find("test_vit").folder == run.runs[0].folder
+    with pytest.raises(UsageError, match=r"no run 'resnet18'; there are \['test_vit/seed-0'"):
+        run.find("resnet18")
 
 
 def test_settings_have_the_names_of_the_flags(data, tmp_path):

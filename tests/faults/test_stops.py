@@ -300,7 +300,7 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
         eval_set = EvalSet("some", (part, part), source.classes)
         with stop_requests():
             try:
-                result = evaluate(model, eval_set, corruption=corruption, **view, **how)
+                result = evaluate(model, eval_set, corruption=corruption, **how)
                 return result.num_images
             except Preempted as stop:
                 return str(stop)

@@ -81,20 +81,20 @@ def test_every_saving_is_explained():
     assert not [name for name in names if f"`{name}`" not in text]
 
 
-def test_tables_of_methods_match_the_registries():
-    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert script("methods_tables").with_tables(page) == page
+def test_tables_of_methods_and_teachers_match_the_registries():
+    tables = script("registry_tables")
+    for page in tables.PAGES:
+        is_current = tables.with_tables(page) == page.read_text(encoding="utf-8")
+        assert is_current, "run python scripts/registry_tables.py"
 
 
-def test_table_of_teachers_names_every_entry_of_the_registry():
-    from dad_fast.models.registry import TEACHERS
+def test_every_teacher_has_a_form_that_starts_with_its_name():
+    from dad_fast.models.registry import FORMS, TEACHERS
 
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    table = page.partition("| `--teacher` | teacher |")[2].partition("\n\n")[0]
-    # Files are named by their path; own modules by Python code alone.
-    assert "| `RUN`" in table
-    for name in set(TEACHERS.own_names()) - {"file", "module"}:
-        assert f"`{name}:" in table, name
+    assert set(FORMS) == set(TEACHERS.own_names())
+    # Files are named by their path; modules are passed by Python code.
+    for name in set(FORMS) - {"file", "module"}:
+        assert FORMS[name] and all(form.text.startswith(f"{name}:") for form in FORMS[name])
 
 
 @pytest.fixture(scope="module")

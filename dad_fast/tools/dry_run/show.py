@@ -11,9 +11,13 @@ from dad_fast.tools.dry_run.rates import Rates
 
 NAMES = 34
 EXPLANATION = (
-    "modelled: arithmetic and passes over memory at the assumed rates of tools/dry_run/rates.toml;",
-    "not measured on these GPUs. Loading, validation and start-up are not counted.",
+    "modelled: arithmetic and passes over memory at the assumed rates of",
+    "tools/dry_run/rates.toml; not measured on these GPUs. Loading, validation and",
+    "start-up are not counted.",
 )
+# Seconds of the units of a table's times
+UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
+STORES = "stores, filled once"
 
 
 def show(found: Estimate, table: Sequence[Rates]) -> str:
@@ -32,43 +36,64 @@ def show_several(
     groups: name of a run -> its estimate alone, for runs that learn from the same batches.
     """
     runs = {name: found for group in groups for name, found in group.items()}
-    width = max([*map(len, runs), *(len(_together(group)) for group in groups)]) + 2
-    head = "".join(f"{f'h {rates.name}':>14}" for rates in table)
-    lines = [f"{'run':<{width}}{'seeds':>6}{'GFLOP/image':>13}{'GiB':>7}{head}"]
-
-    def row(name: str, gflop: float, peak: float, hours: Sequence[float]) -> None:
-        cells = "".join(f"{each:>14,.2f}" for each in hours)
-        lines.append(f"{name:<{width}}{seeds:>6}{gflop:>13,.1f}{peak / GIB:>7.1f}{cells}")
-
-    totals = [0.0] * len(table)
+    count = f"all {len(runs) * seeds} runs"
+    filling = [_filling(list(runs.values()), rates) for rates in table]
+    totals = list(filling)
+    # Name, GFLOP per image, bytes at the peak, hours on each GPU
+    rows: list[tuple[str, float, int, list[float]]] = []
     for group in groups:
         for name, found in group.items():
             hours = [found.training_hours(rates) for rates in table]
-            row(name, _gflop(found), found.step.trace.peak, hours)
+            rows.append((name, _gflop(found), found.step.trace.peak, hours))
         if len(group) > 1:
             shared = Shared(tuple(group.values()))
             hours = [shared.training_hours(rates) for rates in table]
-            row(_together(group), shared.gflop(), shared.peak(), hours)
+            label = f"{len(group)} on the same batches"
+            rows.append((label, shared.gflop(), shared.peak(), hours))
         totals = [total + seeds * each for total, each in zip(totals, hours, strict=True)]
-    filling = [_filling(list(runs.values()), rates) for rates in table]
+    # The largest time decides the unit, so that a short run is not a row of zeros.
+    seconds = 3600 * max(totals)
+    unit = next((unit for unit, size in UNITS.items() if seconds >= size), "seconds")
+
+    def cells(hours: Sequence[float]) -> str:
+        times = (f"{3600 * each / UNITS[unit]:,.2f}" for each in hours)
+        return "".join(f"{time:>{_width(rates)}}" for time, rates in zip(times, table, strict=True))
+
+    width = max(len(name) for name in (*(row[0] for row in rows), count, STORES)) + 1
+    num_gpus = next(iter(runs.values())).num_gpus
+    head = "".join(f"{rates.name:>{_width(rates)}}" for rates in table)
+    lines = [
+        f"dry run of {len(runs) * seeds} runs on {num_gpus} GPU{'s' if num_gpus > 1 else ''}; "
+        "nothing is written",
+        "",
+        f"{'':<{width + 24}}  {unit} of training on",
+        f"{'run':<{width}}{'seeds':>5}{'GFLOP/image':>12}{'GiB':>7}{head}",
+    ]
+    for name, gflop, peak, hours in rows:
+        facts = f"{seeds:>5}{_short(gflop):>12}{_short(peak / GIB):>7}"
+        lines.append(f"{name:<{width}}{facts}{cells(hours)}")
     if any(filling):
-        cells = "".join(f"{each:>14,.2f}" for each in filling)
-        lines.append(f"{'stores, filled once':<{width + 26}}{cells}")
-    cells = "".join(f"{a + b:>14,.2f}" for a, b in zip(totals, filling, strict=True))
-    count = f"{len(runs) * seeds} runs"
-    lines.append(f"{count:<{width + 26}}{cells}")
-    if any(len(group) > 1 for group in groups):
-        lines.append(
-            "The row of runs on the same batches stands for the rows above it, which show each run "
-            "alone."
-        )
+        lines.append(f"{STORES:<{width + 24}}{cells(filling)}")
+    lines += [f"{count:<{width + 24}}{cells(totals)}", ""]
+    if seeds > 1:
+        lines.append("The row of a run shows one seed; the last row counts all.")
+    if len(rows) > len(runs):
+        lines += [
+            "The row of a run shows it trained alone; the last row counts runs on the same",
+            "batches together, as they are trained.",
+        ]
     notes = dict.fromkeys(note for found in runs.values() for note in found.step.notes)
     lines += [*_explained(table), *(f"note: {note}" for note in notes)]
     return printable("\n".join(lines))
 
 
-def _together(group: Mapping[str, Estimate]) -> str:
-    return f"these {len(group)} on the same batches" if len(group) > 1 else ""
+def _width(rates: Rates) -> int:
+    return max(9, len(rates.name) + 2)
+
+
+def _short(value: float) -> str:
+    """Format with one decimal, or with two digits below 1."""
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def _filling(runs: Sequence[Estimate], rates: Rates) -> float:

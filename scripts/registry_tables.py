@@ -1,8 +1,8 @@
-"""Write the tables of docs/methods.md from the registries: methods, terms, distances.
+"""Write tables of the docs from the registries: methods, terms, distances; teachers.
 
-    python scripts/methods_tables.py
+    python scripts/registry_tables.py
 
-A test compares the page with the registries.
+A test compares the pages with the registries.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a ba
 
 from dad_fast.config.fields import settings
 from dad_fast.methods.registry import DISTANCES, METHODS, Images, Term
+from dad_fast.models.registry import FORMS, TEACHERS
 
-PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (DOCS / "methods.md", DOCS / "models.md")
 SYMBOLS = {Images.CLEAN: "x", Images.ATTACK_TEACHER: "Q(x')", Images.ATTACK_STUDENT: "Q(x'')"}
 
 
@@ -29,8 +31,18 @@ def formula(term: Term) -> str:
     return f"D({student}, t({SYMBOLS[term.teacher_images]}))"
 
 
-def tables() -> dict[str, str]:
-    """Return the tables by the mark of their place in the page."""
+def tables(page: Path) -> dict[str, str]:
+    """Return the tables of a page by the mark of their place in it."""
+    return _of_methods() if page.name == "methods.md" else _of_models()
+
+
+def _of_models() -> dict[str, str]:
+    forms = [form for name in TEACHERS.own_names() for form in FORMS[name]]
+    rows = [(f"`{form.text}`", form.summary) for form in forms]
+    return {"teachers": _table(("`--teacher`", "teacher"), rows)}
+
+
+def _of_methods() -> dict[str, str]:
     methods = [METHODS[name] for name in METHODS.own_names()]
     terms: dict[str, Term] = {}
     rows = []
@@ -66,16 +78,17 @@ def tables() -> dict[str, str]:
     }
 
 
-def with_tables(page: str) -> str:
-    """Return the page with its tables made anew. Raises ValueError for a missing place."""
-    for mark, table in tables().items():
+def with_tables(page: Path) -> str:
+    """Return a page's text with its tables made anew. Raises ValueError for a missing place."""
+    text = page.read_text(encoding="utf-8")
+    for mark, table in tables(page).items():
         start, end = f"<!-- registry, {mark} -->\n", "<!-- end -->"
         pattern = re.escape(start) + ".*?" + re.escape(end)
         made = f"{start}\n{table}\n\n{end}"
-        page, count = re.subn(pattern, lambda _, made=made: made, page, flags=re.S)  # type: ignore[misc]
+        text, count = re.subn(pattern, lambda _, made=made: made, text, flags=re.S)  # type: ignore[misc]
         if count != 1:
-            raise ValueError(f"{PAGE.name} has {count} places for the table {mark!r}")
-    return page
+            raise ValueError(f"{page.name} has {count} places for the table {mark!r}")
+    return text
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -84,4 +97,5 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page), encoding="utf-8")
