@@ -40,7 +40,7 @@ def show_several(
     filling = [_filling(list(runs.values()), rates) for rates in table]
     totals = list(filling)
     # Name, GFLOP per image, bytes at the peak, hours on each GPU
-    rows: list[tuple[str, float, int, list[float]]] = []
+    rows: list[tuple[str, float, float, list[float]]] = []
     for group in groups:
         for name, found in group.items():
             hours = [found.training_hours(rates) for rates in table]
