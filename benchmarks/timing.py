@@ -21,6 +21,7 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 50
 # Per function, with a minimum number of calls: allocator, caches, compilation, capture, clocks.
 WARM_UP_SECONDS = 0.2
 WARM_UP_CALLS = {"cpu": 2, "cuda": 5}
+LONG_SECONDS = 5.0  # a function that takes so long on a CPU is warm and timed after one call each
 BLOCK_SECONDS = 0.01  # a function shorter than this is called several times per round
 MAX_CALLS = 1000  # per round
 
@@ -40,7 +41,9 @@ def interleaved(
     calls, round_seconds = {}, 0.0
     for name, function in functions.items():
         _warm_up(function, device)
-        estimate = min(timer(function, 1) for _ in range(2))
+        estimate = timer(function, 1)
+        if estimate < LONG_SECONDS:
+            estimate = min(estimate, timer(function, 1))
         calls[name] = max(1, min(MAX_CALLS, math.ceil(BLOCK_SECONDS / max(estimate, 1e-9))))
         round_seconds += estimate * calls[name]
     rounds = rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds)))
@@ -147,9 +150,11 @@ def _warm_up(function: Function, device: torch.device) -> None:
     start, count = time.perf_counter(), 0
     while count < WARM_UP_CALLS[device.type] or time.perf_counter() - start < WARM_UP_SECONDS:
         function()
+        count += 1
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        count += 1
+        elif time.perf_counter() - start > LONG_SECONDS:
+            break
 
 
 def _wall_time(function: Function, calls: int) -> float:

@@ -65,10 +65,10 @@ class Lockstep:
 
     def _join(self, trainer: Trainer) -> None:
         """Let a run learn from the batches of the lead."""
-        lead, count = self.lead, len(self.trainers)
-        if count > 1:
+        lead = self.lead
+        if len(self.trainers) > 1:
             trainer.learner.random = trainer.random
-            trainer.shared_by = max(trainer.shared_by, count)
+        trainer.shared_by = max(trainer.shared_by, 1 + len(self.sharing_with(trainer)))
         if trainer is lead:
             return
         trainer.loader = lead.loader
@@ -116,8 +116,14 @@ class Lockstep:
         for log in self.logs:
             log.close_sinks()
 
+    def sharing_with(self, trainer: Trainer) -> list[str]:
+        """Return the labels of the runs that learn from the same batches from here on."""
+        if self.next_step >= self.lead.total_steps:
+            return []
+        return [one.label for one in self.trainers if one is not trainer]
+
     def _sharing(self, trainer: Trainer) -> list[str]:
-        others = [one.label for one in self.trainers if one is not trainer]
+        others = self.sharing_with(trainer)
         if not others:
             return []
         lines = [f"  shares   its batches with {', '.join(others)}"]

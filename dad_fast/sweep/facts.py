@@ -35,21 +35,24 @@ def write_facts(trainer: Trainer, variant: str, launch: Launch, sharing: Sequenc
         "data": {"train": _about(parts.train), "val": _about(parts.val)},
         "choices": {name: choice.record() for name, choice in trainer.choices.items()},
     }
+    if launch.resume and trainer.shared_by > 1 + len(sharing):
+        # The others are done or failed. Its seconds are still those of a run that shared.
+        sharing = _earlier(path, "shares_batches_with") or sharing
     if sharing:
         resolved["shares_batches_with"] = list(sharing)
     names = {"variant": variant, "preset": launch.preset}
-    started = {"commands": _commands(path, launch)}
+    earlier = _earlier(path, "commands") if launch.resume else []
+    # Each command line once, in order.
+    started = {"commands": list(dict.fromkeys(filter(None, (*earlier, launch.command))))}
     facts = {**resolved, **names, **started, **_weights(parts)}
     atomic_write_json(path, environment() | facts)
 
 
-def _commands(facts: Path, launch: Launch) -> list[str]:
-    """Return the command lines that started and resumed the run, each once, in order."""
-    earlier: list[str] = []
-    if launch.resume:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            earlier = list(map(str, json.loads(facts.read_text())["commands"]))
-    return list(dict.fromkeys(filter(None, (*earlier, launch.command))))
+def _earlier(path: Path, key: str) -> list[str]:
+    """Return a list of the run.json of an earlier start; [] if it cannot be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return list(map(str, json.loads(path.read_text())[key]))
+    return []
 
 
 def _about(source: Source) -> dict[str, str]:

@@ -227,8 +227,7 @@ def _train_group(
     if distributed.is_main():
         for member, trainer in zip(members, trainers, strict=True):
             atomic_write_text(trainer.output / "config.toml", to_toml(trainer.cfg))
-            sharing = [one.label for one in trainers if one is not trainer]
-            write_facts(trainer, member.run.variant, launch, sharing)
+            write_facts(trainer, member.run.variant, launch, lockstep.sharing_with(trainer))
     records = {}
     try:
         lockstep.start()

@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,13 @@ def main() -> int:
     # Everything else that is printed belongs to the log.
     os.dup2(2, 1)
 
-    def report(done: int, total: int, text: str) -> None:
-        answers.write(json.dumps({"progress": [done, total, text]}) + "\n")
+    def send(message: dict[str, Any]) -> None:
+        # A parent that was killed reads nothing. `_listen` notices, perhaps later, and the run must
+        # last until it is saved.
+        with suppress(BrokenPipeError):
+            answers.write(json.dumps(message) + "\n")
 
-    report_progress_to(report)
+    report_progress_to(lambda *state: send({"progress": state}))
     jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
     busy = threading.Event()
     threading.Thread(target=_listen, args=(jobs, busy), daemon=True).start()
@@ -126,7 +130,7 @@ def main() -> int:
             busy.set()
             answer, code = _answer(worker, job)
             busy.clear()
-            answers.write(json.dumps(answer) + "\n")
+            send(answer)
             if code is not None:
                 return code
     return 0

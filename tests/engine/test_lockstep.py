@@ -348,6 +348,20 @@ def test_finished_runs_are_not_trained_again(inputs, apart, tmp_path, capsys):
     assert first == second
 
 
+def test_a_run_evaluated_alone_says_with_whom_it_trained(inputs, apart, tmp_path):
+    cfgs = pair(inputs, "ce", "checkpoint.keep=100")
+    resume(cfgs, after_a_kill(apart("ce"), tmp_path / "together", a=(2, 4), b=(2, 4)))
+    shutil.copytree(apart("ce"), tmp_path / "apart", symlinks=True)
+    resume(cfgs, tmp_path / "apart")
+    found = {}
+    for folder in ("together", "apart"):
+        (tmp_path / folder / "b/results.json").unlink()
+        (record,) = resume(cfgs[1:], tmp_path / folder, "b")
+        facts = json.loads((tmp_path / folder / "b/run.json").read_text())
+        found[folder] = record.get("shared_by"), facts.get("shares_batches_with")
+    assert found == {"together": (2, ["a"]), "apart": (None, None)}
+
+
 @pytest.mark.slow
 def test_runs_together_equal_runs_alone_in_two_processes(inputs, tmp_path):
     script = Path(__file__).parents[1] / "runs_together.py"

@@ -286,7 +286,7 @@ def test_joint_equals_split_without_batch_statistics():
 
 
 def measured(step):
-    return codes_changed(step.generator, learner_of(step), batch())
+    return codes_changed(step.generator, learner_of(step), batch(), {})
 
 
 def test_the_share_of_changed_codes_grows_with_the_budget():

@@ -67,6 +67,9 @@ STEP = "dad_fast.engine.step:TrainStep.__call__:1"
 LABELS = "dad_fast.engine.probe.pseudo_labels:pseudo_labels:0.5"
 FEATURES = "dad_fast.engine.probe.features:execute:0.2"
 SAVING = "dad_fast.checkpoint.folder:CheckpointFolder.save:1"
+# In the final evaluation of a run, and after its results are written.
+TEACHER_SCORES = "dad_fast.engine.finish:_teacher_record:60"
+REPORT = "dad_fast.report.page:write_report:60"
 BLOCK = "dad_fast.precompute.fill:adversarial:0.5"
 
 AGAIN = "run the same command again with --resume auto"
@@ -84,7 +87,10 @@ PHASES = {
     "train, checkpoint, two": Phase("train", SAVING, INT, SAVED, 2),
     "train, validation": Phase("train", EVALUATE, INT, "stopped at step 3 of 6; saved"),
     "train, validation, two": Phase("train", EVALUATE, TERM, "stopped at step 1 of 2; saved", 2),
-    "train, report": Phase("train", "dad_fast.report.page:write_report:60", TERM, AGAIN),
+    "train, report": Phase("train", REPORT, TERM, AGAIN),
+    "students, evaluation": Phase("students", TEACHER_SCORES, TERM, AGAIN),
+    "students, evaluation, two": Phase("students", TEACHER_SCORES, INT, AGAIN, 2),
+    "students, between two": Phase("students", REPORT, USR1, AGAIN),
     "lp-clip, labels": Phase("lp-clip", LABELS, TERM, AGAIN),
     "lp-clip, labels, two": Phase("lp-clip", LABELS, INT, AGAIN, 2),
     "lp-clip, features": Phase("lp-clip", FEATURES, INT, AGAIN),
@@ -104,11 +110,13 @@ PHASES = {
 
 def arguments(command: str, parts: Path, out: Path) -> list[str]:
     data = ["--data-dir", str(parts / "data"), "--teacher", str(parts / "teacher.safetensors")]
-    if command == "train":
+    if command in ("train", "students"):
+        more = ["--student", "resnet18", "resnet26"] if command == "students" else []
         return [
             *shlex.split("train --method kd"),
             *data,
             *tiny.STUDENT,
+            *more,
             *RUN,
             *shlex.split("--val-every 1 -o"),
             str(out),
@@ -176,11 +184,19 @@ def contents(command: str, out: Path) -> Any:
         return json.loads(out.read_text())["teacher"]["suites"]
     if command == "precompute":
         return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}
-    return {
+    found: dict[str, Any] = {
         str(path.relative_to(out)): path.read_bytes()
         for path in out.rglob("model.safetensors")
         if "checkpoints" not in str(path)
     }
+    if command == "students":
+        for path in out.glob("*/*/results.json"):
+            record = json.loads(path.read_text())
+            del record["seconds"]
+            assert record["shared_by"] == 2
+            found[str(path.relative_to(out))] = record
+        assert len(found) == 4
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +300,7 @@ def test_processes_with_unequal_shares_stop_together(parts: Path, tmp_path: Path
         eval_set = EvalSet("some", (part, part), source.classes)
         with stop_requests():
             try:
-                result = evaluate(model, eval_set, corruption=corruption, **view, **how)
+                result = evaluate(model, eval_set, corruption=corruption, **how)
                 return result.num_images
             except Preempted as stop:
                 return str(stop)

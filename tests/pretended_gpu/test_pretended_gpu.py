@@ -113,6 +113,18 @@ def test_the_train_command_runs_on_a_gpu(library, tmp_path, preset):
     assert "Pretended GPU" in next(out.rglob("run.json")).read_text(encoding="utf-8")
 
 
+def test_the_train_command_runs_on_a_gpu_with_several_students(library, tmp_path):
+    """One graph for each learner and one for their batches."""
+    out = tmp_path / "run"
+    train = ("dad_fast", "train", "--preset", "demo", "--method", "dad", "--device", "cuda")
+    more = ("--student", "resnet18", "resnet26", "--max-steps", "6", "-o", str(out))
+    done = run(library, "tests.pretended_gpu.values", *train, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = (out / "resnet18/seed-0/train.log").read_text(encoding="utf-8")
+    assert "the step is captured in CUDA graphs" in log and "shares   its batches with" in log
+    assert (out / "resnet26/seed-0/results.json").exists()
+
+
 def test_a_compiled_step_is_captured(library, tmp_path):
     """Inductor's CUDA code in the trial, and then in CUDA graphs."""
     out = tmp_path / "run"

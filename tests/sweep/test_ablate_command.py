@@ -16,7 +16,7 @@ for package in ("timm", "open_clip"):
 import tiny
 
 from dad_fast.cli.main import main
-from tests.processes import HANG, wait_until
+from tests.processes import HANG, environment, one_thread, wait_until
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
@@ -91,7 +91,8 @@ def test_cell_equals_the_same_run_of_train(parts, tmp_path):
     assert main(arguments(parts, out, "--axes", "filter")) == 0
     file = tmp_path / "alone.toml"
     file.write_text((out / "filter=off/seed-1/config.toml").read_text())
-    assert main(["train", str(file), "-o", str(tmp_path / "alone")]) == 0
+    with one_thread():
+        assert main(["train", str(file), "-o", str(tmp_path / "alone")]) == 0
     ours, alone = (
         json.loads((folder / "results.json").read_text())
         for folder in (out / "filter=off/seed-1", tmp_path / "alone")
@@ -145,7 +146,15 @@ LONG += ["--val-every", "0", "--set", "log_every=5", "--set", "checkpoint.every_
 
 def start(parts, out, *more):
     command = [sys.executable, "-m", "dad_fast", *arguments(parts, out, *LONG, *more)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def kill_the_worker(sweep):
+    """Kill the worker of a sweep that has one, as a lack of memory does."""
+    (worker,) = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
 
 
 def training(out):
@@ -189,13 +198,38 @@ def test_a_worker_that_dies_fails_its_cell_alone(parts, tmp_path):
     out = tmp_path / "out"
     sweep = start(parts, out, "--no-share-batches")
     wait_until(lambda: training(out))
-    (worker,) = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
-    os.kill(int(worker), signal.SIGKILL)
+    kill_the_worker(sweep)
     _, printed = sweep.communicate(timeout=HANG)
     assert sweep.returncode == 1, printed
     reason = "its process died (signal SIGKILL)"
     assert f"failed: dad seed 0: {reason}; see {out}/logs/worker-0.log" in printed
     assert set(finished(out)) == {"filter=off/seed-0"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+def test_a_group_whose_worker_dies_resumes_in_halves(parts, tmp_path):
+    out, apart = tmp_path / "out", tmp_path / "apart"
+    often = ["--set", "checkpoint.every_steps=10"]
+    sweep = start(parts, out, *often)
+    wait_until(lambda: len(list(out.glob("*/seed-0/checkpoints/latest"))) == 2, sweep)
+    kill_the_worker(sweep)
+    _, printed = sweep.communicate(timeout=HANG)
+    assert sweep.returncode == 0, printed
+    reason = f"its process died (signal SIGKILL); see {out}/logs/worker-0.log"
+    assert f"dad, filter=off, seed 0: {reason}; resuming in two halves" in printed
+    assert "failed" not in printed
+
+    assert main(arguments(parts, apart, *LONG, *often, "--no-share-batches")) == 0
+    for cell in finished(apart):
+        begun = re.findall("steps +([0-9]+) to 300", (out / cell / "train.log").read_text())
+        assert len(begun) == 2 and begun[0] == "0" and 0 < int(begun[1]) < 300
+        model, alone = (folder / cell / "model.safetensors" for folder in (out, apart))
+        assert model.read_bytes() == alone.read_bytes()
+        ours, theirs = (
+            json.loads((folder / cell / "results.json").read_text()) for folder in (out, apart)
+        )
+        assert ours["suites"] == theirs["suites"] and ours["teacher"] == theirs["teacher"]
 
 
 @pytest.mark.slow

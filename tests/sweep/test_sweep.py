@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +13,17 @@ for package in ("timm", "open_clip"):
 import tiny
 
 from dad_fast.cli.main import main
-from dad_fast.config import Config, Launch
+from dad_fast.cli.parser import read_config
+from dad_fast.cli.train import make_parser
+from dad_fast.config import Config, Launch, to_toml
 from dad_fast.errors import Preempted
 from dad_fast.loggers import progress as progress_module
 from dad_fast.loggers.progress import JobsProgress, report_progress, report_progress_to
 from dad_fast.methods.stores import is_filled, store_seconds
+from dad_fast.sweep import pool
 from dad_fast.sweep import sweep as sweep_module
 from dad_fast.sweep.runs import Run
-from tests.processes import run_script
+from tests.processes import environment, run_script, wait_until
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
@@ -227,6 +231,36 @@ def test_progress_is_reported_to_the_parent_once_a_second(monkeypatch):
     for step in range(100):
         report_progress(step, 100, "text")
     assert heard[0] == (0, 100, "text") and len(heard) <= 2
+
+
+def test_a_worker_whose_parent_reads_no_more_keeps_its_run(parts, tmp_path):
+    """After kill -9 of the parent, progress may be reported before the end of stdin is seen."""
+    out = tmp_path / "run"
+    cfg = read_config(vars(make_parser().parse(arguments(parts, out, "--method", "kd")[1:])), [])
+    job = {
+        "do": "run",
+        "runs": [{"variant": "kd", "config": to_toml(cfg), "folder": str(out)}],
+        "launch": sweep_module._launch(Launch()),
+        "teacher_results": {},
+    }
+    pipe = pool.subprocess.PIPE
+    with open(tmp_path / "log", "w") as log:
+        worker = pool.subprocess.Popen(
+            [sys.executable, "-m", pool.WORKER],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=log,
+            text=True,
+            env=environment(),
+            start_new_session=True,
+        )
+    worker.stdout.close()
+    worker.stdin.write(json.dumps(job) + "\n")
+    worker.stdin.flush()
+    wait_until(lambda: (out / "report.html").exists() or worker.poll() is not None)
+    worker.stdin.close()
+    worker.wait()
+    assert (out / "report.html").exists(), (tmp_path / "log").read_text()
 
 
 def test_time_left_is_estimated_only_while_runs_wait(tmp_path, monkeypatch):

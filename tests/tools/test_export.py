@@ -100,7 +100,7 @@ def test_squashed_views_are_exported(whole: tuple[Student, Path], tmp_path: Path
     with torch.no_grad():
         expected = squashed(torch.from_numpy(levels.copy()).permute(2, 0, 1)[None].float() / 255)
     loaded = load_student(tmp_path / "model.safetensors")[0]
-    ((best, *_),) = predict(loaded, [str(path)], 1, torch.device("cpu"))
+    ((best, *_),) = predict(loaded, [(path.name, path)], 1, torch.device("cpu"))
     assert best[1] == int(expected.argmax())
     assert best[0] == pytest.approx(float(expected.softmax(1).max()), rel=1e-4)
 

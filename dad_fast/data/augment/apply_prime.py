@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
-import torch
 from PIL import Image
 
 from dad_fast.data.augment.prime import DEFORM_CUTS, Curve, Deform, Filter, PrimeChains
@@ -69,6 +68,9 @@ def _curve(pixels: np.ndarray, op: Curve) -> np.ndarray:
 
 def _deform(pixels: np.ndarray, op: Deform) -> np.ndarray:
     """Displace float32 [3, S, S], bilinear; the edge continues beyond the image."""
+    # Half a second and a gigabyte of address space: for this operation alone.
+    import torch
+
     side = pixels.shape[-1]
     if side < 3:
         return pixels
