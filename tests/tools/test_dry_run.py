@@ -285,7 +285,7 @@ def test_students_of_one_batch_have_a_row_together(elsewhere, capsys):
         {name: float(rows[name][column]) for name in (both, one, other)} for column in (1, 2)
     )
     # Teacher and VQGAN work once for both.
-    assert flop[other] <= flop[both] < 1.2 * flop[other] and flop[one] <= flop[other]
+    assert max(flop[one], flop[other]) < flop[both] < 0.8 * (flop[one] + flop[other])
     assert memory[both] >= memory[other] > 0
     # A short run has times other than 0, and the sum counts what is trained.
     assert all(float(hours) > 0 for hours in rows["all 2 runs"])

@@ -12,8 +12,8 @@ from dad_fast.tools.dry_run.rates import Rates
 NAMES = 34
 EXPLANATION = (
     "modelled: arithmetic and passes over memory at the assumed rates of",
-    "tools/dry_run/rates.toml; not measured on these GPUs. Loading, validation and",
-    "start-up are not counted.",
+    "tools/dry_run/rates.toml; not measured on these GPUs. Kernel launches, loading,",
+    "validation and start-up are not counted.",
 )
 # Seconds of the units of a table's times
 UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
@@ -40,7 +40,7 @@ def show_several(
     filling = [_filling(list(runs.values()), rates) for rates in table]
     totals = list(filling)
     # Name, GFLOP per image, bytes at the peak, hours on each GPU
-    rows: list[tuple[str, float, int, list[float]]] = []
+    rows: list[tuple[str, float, float, list[float]]] = []
     for group in groups:
         for name, found in group.items():
             hours = [found.training_hours(rates) for rates in table]
@@ -56,7 +56,7 @@ def show_several(
     unit = next((unit for unit, size in UNITS.items() if seconds >= size), "seconds")
 
     def cells(hours: Sequence[float]) -> str:
-        times = (f"{3600 * each / UNITS[unit]:,.2f}" for each in hours)
+        times = (_short(3600 * each / UNITS[unit]) for each in hours)
         return "".join(f"{time:>{_width(rates)}}" for time, rates in zip(times, table, strict=True))
 
     width = max(len(name) for name in (*(row[0] for row in rows), count, STORES)) + 1
