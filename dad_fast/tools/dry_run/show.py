@@ -56,7 +56,7 @@ def show_several(
     unit = next((unit for unit, size in UNITS.items() if seconds >= size), "seconds")
 
     def cells(hours: Sequence[float]) -> str:
-        times = (_short(3600 * each / UNITS[unit]) for each in hours)
+        times = (_short(3600 * each / UNITS[unit], decimals=2) for each in hours)
         return "".join(f"{time:>{_width(rates)}}" for time, rates in zip(times, table, strict=True))
 
     width = max(len(name) for name in (*(row[0] for row in rows), count, STORES)) + 1
@@ -91,9 +91,9 @@ def _width(rates: Rates) -> int:
     return max(9, len(rates.name) + 2)
 
 
-def _short(value: float) -> str:
-    """Format with one decimal, or with two digits below 1."""
-    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+def _short(value: float, decimals: int = 1) -> str:
+    """Format with `decimals`, or with two digits below 1."""
+    return f"{value:,.{decimals}f}" if value >= 1 else f"{value:.2g}"
 
 
 def _filling(runs: Sequence[Estimate], rates: Rates) -> float:
