@@ -6,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.authors import COMMIT, AuthorsStep
 from benchmarks.bench import Bench
+from benchmarks.test_steps import STEPS, one_step
 from benchmarks.workload import make_workload
 
+# Row -> the step of the group `steps`.
 OURS = {
-    "ours, authors' order": ("dad", "authors"),
-    "ours, paper's order": ("dad", "paper"),
+    "ours, authors' order": "dad, authors' order",
+    "ours, paper's order": "dad, paper's order",
 }
 
 
@@ -33,12 +34,12 @@ def test_authors(bench: Bench, request: pytest.FixtureRequest) -> None:
         steps["the authors' code, autocast, channels_last"] = AuthorsStep(
             work, Path(clone), fast=True
         )
-    for name, (method, order) in OURS.items():
-        steps[name] = _own_step(work, method, order)
+    for name, step in OURS.items():
+        steps[name] = one_step(work, step)
 
     flops = work.flops
     # Their step also runs the teacher forward once more, for a filter that never filters.
-    counted = {name: flops.of_step(*OURS[name]) for name in OURS}
+    counted = {name: flops.of_step(*STEPS[step][:2]) for name, step in OURS.items()}
     theirs = flops.of_step("dad", "authors") + flops.of["teacher"]
     counted |= {name: theirs for name in steps if name not in OURS}
     bench.compare(
@@ -46,14 +47,8 @@ def test_authors(bench: Bench, request: pytest.FixtureRequest) -> None:
         steps,
         baseline=baseline,
         work=len(work.batch.labels),
-        config=work.describe()
-        | {"authors_commit": COMMIT, "tf32": torch.backends.cuda.matmul.allow_tf32},
+        config=work.describe() | {"authors_commit": COMMIT},
         flops=counted,
         energy=True,
         seconds=25,
     )
-
-
-def _own_step(work, method: str, order: str) -> Callable[[], object]:
-    step = work.step(work.with_method(method, order))
-    return lambda: step(work.batch, 10, work.cfg.optim.lr)

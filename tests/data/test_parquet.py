@@ -21,6 +21,7 @@ from dad_fast.data.sources.splits import open_split
 from dad_fast.data.sources.survey import survey
 from dad_fast.errors import DataError, EnvironmentProblem, UsageError
 from tests.data.test_http_shards import Server, server
+from tests.sequences import check_sequence
 from tests.shards import picture
 from tests.tables import NAMES, pictures, write_parquet, write_splits
 from tests.tiny import STUDENT
@@ -165,25 +166,13 @@ def test_bad_rows_are_named_and_replaced_alike_by_every_rank(
     assert "a.parquet:9 (the label -1 is no class)" in caplog.text
     assert np.flatnonzero(~source.ok).tolist() == [3, 4, 9]
 
-    whole = list(TrainLoader(source, AUG, 16, 8, 3, 0).batches(0, 4))
+    whole = check_sequence(source, AUG)
     drawn = {
         number: sample
         for batch in whole
         for number, sample in zip(batch.drawn.tolist(), batch.samples.tolist(), strict=True)
     }
     assert not {3, 4, 9} & set(drawn.values())
-    later = list(TrainLoader(source, AUG, 16, 8, 3, 0).batches(2, 4))
-    halves = [
-        list(TrainLoader(source, AUG, 16, 4, 3, 0, rank=rank, world=2).batches(0, 4))
-        for rank in range(2)
-    ]
-    for name in ("images", "labels", "samples", "seeds", "mix_lam"):
-        for step, batch in enumerate(whole):
-            expected = getattr(batch, name)
-            both = torch.cat([getattr(half[step], name) for half in halves])
-            assert torch.equal(expected, both), name
-            if step >= 2:
-                assert torch.equal(expected, getattr(later[step - 2], name)), name
 
 
 def test_a_changed_arrow_file_is_a_bad_image_not_another_one(folder: Path, cache: Path) -> None:

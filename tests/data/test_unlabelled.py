@@ -14,6 +14,7 @@ from dad_fast.data.sources.base import UNLABELLED
 from dad_fast.data.sources.folder import FolderSource
 from dad_fast.data.sources.unlabelled import JoinedSource, UnlabelledFolder, open_training
 from dad_fast.errors import DataError
+from tests.sequences import check_sequence
 from tests.tiny import write_images
 
 AUG = AugmentConfig(mixup=0.8, cutmix=1.0, aa="augmix-m3-w2")
@@ -100,18 +101,6 @@ def test_an_unreadable_further_image_is_replaced_and_counted(folder):
 
 def test_the_sequence_depends_on_neither_processes_nor_the_first_step(folder):
     source = open_training(data_of(folder, extra_data=str(folder / "extra")))
-    whole = list(TrainLoader(source, AUG, 16, 8, 3, 0).batches(0, 4))
-    later = list(TrainLoader(source, AUG, 16, 8, 3, 0).batches(2, 4))
-    halves = [
-        list(TrainLoader(source, AUG, 16, 4, 3, 0, rank=rank, world=2).batches(0, 4))
-        for rank in range(2)
-    ]
-    for name in ("images", "labels", "samples", "seeds", "mix_lam"):
-        for step, batch in enumerate(whole):
-            expected = getattr(batch, name)
-            both = torch.cat([getattr(half[step], name) for half in halves])
-            assert torch.equal(both, expected)
-            if step >= 2:
-                assert torch.equal(getattr(later[step - 2], name), expected)
+    whole = check_sequence(source, AUG)
     labels = torch.cat([batch.labels for batch in whole])
     assert (labels == UNLABELLED).any() and (labels != UNLABELLED).any()

@@ -25,6 +25,7 @@ from dad_fast.discretizers.vqgan.training import (
 from dad_fast.loggers.run_log import read_metrics
 from dad_fast.models.weights.files import read_state_dict
 from dad_fast.tools.fit_discretizer.fit import Fit
+from tests.fits import stop_in_second_step
 from tests.tiny import write_images
 
 SMALL = [
@@ -70,19 +71,9 @@ def test_result_is_a_discretizer_with_log_and_sheet(fitted):
 
 def test_resume_is_bit_exact(fitted, data, tmp_path, monkeypatch):
     """Stop after two of four steps with SIGTERM's request, and continue."""
-    from dad_fast.distributed import signals
-    from dad_fast.errors import Preempted
-
-    step = Fit.step
-
-    def counted(self, number, *rest):
-        if number == 1 and signals._active is not None:
-            signals._active.error = Preempted
-        return step(self, number, *rest)
-
     output = tmp_path / "vq.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "step", counted)
+        stop_in_second_step(patch)
         assert run(data, output, "--max-steps", "4", "--epochs", "3") == 75
     assert not output.exists() and (tmp_path / "vq-fit" / "checkpoints" / "step-2").is_dir()
     more = ("--max-steps", "4", "--epochs", "3", "--resume", "auto")

@@ -13,6 +13,7 @@ from dad_fast.config.options_fit import FitOptions
 from dad_fast.loggers.run_log import read_metrics
 from dad_fast.tools.fit_discretizer.fit import Fit
 from dad_fast.tools.fit_discretizer.perceptual import load_perceptual
+from tests.fits import stop_in_second_step
 from tests.tiny import write_images
 
 CPU = torch.device("cpu")
@@ -99,25 +100,15 @@ def test_the_term_brings_features_closer(weights):
 def test_resume_is_bit_exact_and_needs_the_same_weights(
     weights, data, tmp_path, monkeypatch, capsys
 ):
-    from dad_fast.distributed import signals
-    from dad_fast.errors import Preempted
-
     more = ["--max-steps", "4", "--perceptual", weights, "--perceptual-weight", "0.5"]
     whole = tmp_path / "whole.safetensors"
     assert run(data, whole, *more) == 0
     rows = read_metrics(tmp_path / "whole-fit", "train")
     assert all(row["perceptual"] > 0 for row in rows)
 
-    step = Fit.step
-
-    def counted(self, number, *rest):
-        if number == 1 and signals._active is not None:
-            signals._active.error = Preempted
-        return step(self, number, *rest)
-
     output = tmp_path / "vq.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "step", counted)
+        stop_in_second_step(patch)
         assert run(data, output, *more) == 75
     torch.manual_seed(7)
     other = tmp_path / "other.safetensors"
